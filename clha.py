@@ -1,0 +1,718 @@
+"""CLHA, contrastive learning for human alignment (Fang et al., LREC-COLING 2024), in one file.
+
+A reward model has scored the replies to each prompt. CLHA fine-tunes a language model on them with
+
+    L_total = sum_{i<j} (1 - k_ij) max(0, p_j - p_i + margin (j - i))  +  alpha (1 - lambda) L_sft     Eq. 3-7
+
+where p_i is the mean log-probability of the i-th best reply, k leaves out pairs whose rewards are too close,
+and lambda leaves out the imitation of a reply whose reward is not above zero. Read the file from top to
+bottom, the way the data goes through it:
+
+    records -> tokens -> packs -> log-probs -> loss -> step
+
+Launch it as one process (CPU or GPU), or on eight GPUs:
+
+    python clha.py --model MODEL --train_data train.jsonl --output_dir out
+    torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
+
+A record is one JSON line: {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."],
+"rewards": [1.2, -0.3], "chosen": 0, "subset": "helpful-base", "id": "..."}.
+"""
+
+import gzip
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+Record = dict[str, Any]  # one query as read from a file
+Example = dict[str, Any]  # one query as token ids: what `encode` returns
+Batch = dict[str, Any]  # some queries in one row: what `pack` returns
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Configuration. Every default stands once, with its source; every field is a flag of the command line.
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of `Config`: its default, and the text that --help shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """What a run is made of."""
+
+    model: str = option(MISSING, "Hugging Face folder (or hub name) of the language model to align")
+    train_data: str = option(MISSING, "scored records, JSON lines (see prepare_data.py, and reward.py score)")
+    output_dir: str = option(MISSING, "gets metrics.jsonl, config.json and final/, a Hugging Face folder")
+    dev_data: str = option("", "scored records for --eval_every")
+    recipe: Literal["default", "release"] = option("default", "release: the numbers of the released code")
+    # The method
+    margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives none, the release has 3")
+    min_reward_gap: float = option(1.0, "k of Eq. 5: a pair trains if its rewards differ by more; release: 3")
+    alpha: float | None = option(None, "weight of L_sft; if not given 0.05 (l - 1)^2, Section 3.3")
+    reduction: Literal["query", "release"] = option(
+        "query", "of Eq. 5: mean over queries; release: mean over the kept pairs of each offset j - i")
+    sft_reduction: Literal["sum", "mean"] = option("sum", "of L_sft over the reply's tokens; release: sum")
+    ranking: Literal["reward", "given"] = option(
+        "reward", "order replies by reward (Section 3.2), or trust the file, as the released loss does")
+    sft_target: Literal["best", "chosen"] = option(
+        "best", "imitate the first of the ranking (release), or the human choice (Section 2.3)")
+    rescore: bool = option(True, "let every pair and every query train: Table 3, w/o Rescore")
+    contrast: bool = option(True, "train on the SFT term alone: Table 3, w/o L_clha")
+    # Tokens
+    max_length: int = option(512, "tokens of a prompt and a reply together (train_hh.sh)")
+    max_prompt_length: int = option(384, "tokens of a prompt; the rest is cut from its left (train_hh.sh)")
+    # Optimisation
+    learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
+    epochs: float = option(2, "passes over the training data (Section 3.3)")
+    max_steps: int = option(0, "if above 0, stop after so many steps")
+    batch_size: int = option(128, "queries a step, over all processes (train_hh.sh: 8 GPUs x 2 x 8)")
+    pack_tokens: int = option(0, "tokens of one forward pass of a process; 0: 8192 on a GPU, 1024 on a CPU")
+    lr_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up (release: constant)")
+    warmup_steps: int = option(0, "of linear warm-up (release: none)")
+    weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on a GPU")
+    activation_checkpointing: bool = option(True, "keep all activations: faster, with more memory")
+    seed: int = option(42, "of the data order, which does not depend on the number of processes")
+    # Watching
+    eval_every: int = option(100, "steps between two evaluations of --dev_data")
+    save_every: int = option(0, "steps between two folders step-N (release: 600); 0: only final/")
+
+
+# `default` was chosen by measurement on the toy world (bench/recipe.py). `release` is train_hh.sh, where one
+# literal 3 is both the margin and the reward gap.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "release": {"margin": 3.0, "min_reward_gap": 3.0, "reduction": "release", "save_every": 600},
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Records
+
+
+class InputError(Exception):
+    """What is wrong with a user's input and where, in one line; a program prints it and exits with code 2."""
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yields (line number, object) of a JSON-lines file, gzipped or not. Raises InputError with the line."""
+    path, number = Path(path), 0
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, line {number}: not a JSON object: {line.strip()[:40]}")
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise InputError(f"{path}, after line {number}: not readable as UTF-8 text ({error})") from None
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
+    """Writes JSON lines whole or not at all: into a temporary file, which is then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    with partial_path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial_path.replace(path)
+
+
+def check_record(record: Record, need: Iterable[str]) -> str | None:
+    """What is wrong with a record, or None."""
+    prompt, responses, rewards = record.get("prompt"), record.get("responses"), record.get("rewards")
+    chosen = record.get("chosen", 0)
+    if not isinstance(prompt, list) or not prompt or not all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in prompt
+    ):
+        return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
+    if not isinstance(responses, list) or len(responses) < 2:
+        return '"responses" must be a list of two or more replies'
+    if not all(isinstance(response, str) and response.strip() for response in responses):
+        return '"responses" has an empty reply'
+    if rewards is not None and not (isinstance(rewards, list) and len(rewards) == len(responses)):
+        return f'"rewards" must be a list of {len(responses)} numbers, one a reply'
+    if not all(type(reward) in (int, float) and math.isfinite(reward) for reward in rewards or []):
+        return f'"rewards" must be finite numbers, not {rewards}'
+    if type(chosen) is not int or not 0 <= chosen < len(responses):
+        return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {chosen!r}'
+    hints = {"rewards": "; `python reward.py score` adds them", "chosen": ""}
+    return next((f'no "{name}" yet{hints[name]}' for name in need if record.get(name) is None), None)
+
+
+def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
+    """Reads and checks records; `need` names the optional fields that must be there: "rewards", "chosen".
+
+    Raises InputError with file and line: not JSON, fewer than two replies, an empty reply, rewards that are
+    missing, not finite, or of another number than the replies.
+    """
+    records = []
+    for number, record in read_jsonl(path):
+        if wrong := check_record(record, need):
+            raise InputError(f"{path}, line {number}: {wrong}")
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: no records in it")
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Tokens
+
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+
+def render(prompt: list[dict[str, str]]) -> str:
+    """The text of a dialogue as HH-RLHF has it, up to the reply: "\\n\\nHuman: ...\\n\\nAssistant:"."""
+    return "".join(f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in prompt) + "\n\nAssistant:"
+
+
+def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
+    """The last `limit` ids of a prompt, its BOS kept. (Text that is cut may give other ids afterwards.)"""
+    if len(ids) <= limit:
+        return ids
+    return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[len(ids) - limit :]
+
+
+def encode(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 512,
+    max_prompt_length: int = 384,
+    ranking: str = "reward",
+) -> Example:
+    """A record as token ids, its replies ordered by reward, best first (as in the file if there are none).
+
+    Gives `prompt_ids`, `response_ids` (a list a reply), their `rewards` or None, where the `chosen` one now
+    is, the record's `id`, and `cut`: how many of prompt and replies were cut. EOS ends the replies that were
+    not. Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges over
+    the start of a reply, the reply's log-probability is ill-defined.
+    """
+    text, rewards = render(record["prompt"]), record.get("rewards")
+    full_prompt, *texts = tokenizer([text, *(f"{text} {reply}" for reply in record["responses"])]).input_ids
+    prompt_ids = cut_prompt(full_prompt, max_prompt_length, tokenizer.bos_token_id)
+    room, cut, response_ids = max_length - len(prompt_ids), int(prompt_ids != full_prompt), []
+    order = list(range(len(texts)))
+    if rewards is not None and ranking == "reward":
+        order.sort(key=lambda i: -rewards[i])  # stable: equal rewards stay in the file's order
+    for i in order:
+        if texts[i][: len(full_prompt)] != full_prompt:
+            raise InputError(f"record {record.get('id')}: the tokenizer merges over the start of reply {i}")
+        ids = [*texts[i][len(full_prompt) :], tokenizer.eos_token_id]
+        response_ids.append(ids[:room])
+        cut += len(ids) > room
+    return {
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "rewards": [float(rewards[i]) for i in order] if rewards is not None else None,
+        "chosen": order.index(record.get("chosen", 0)),
+        "id": record.get("id"),
+        "cut": cut,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Packs: several queries in one row, without padding, each prompt standing once for all its replies.
+#
+#     ids       <s> P  P  P  a  a  </s>  b  b  b  </s>  |  <s> Q  Q  c  </s>  d  d  </s>
+#     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
+#
+# A token sees the earlier tokens of its own query that are prompt or its own reply. So each reply gets just
+# the log-probability that it has alone, and the prompt is computed once.
+
+
+def reward_matrix(examples: list[Example]) -> Tensor:
+    """Rewards (B, l) of B queries: NaN where a query has fewer than l replies, 0 if it is not scored."""
+    rows = [torch.tensor(e["rewards"] or [0.0] * len(e["response_ids"])) for e in examples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
+
+
+def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
+    """B queries of at most l replies as one row of N tokens; M of them belong to replies.
+
+    input_ids, position_ids (1, N); targets (M,) the tokens of the replies, predict_at (M,) the positions that
+    predict them, reply (M,) the reply b * l + i they belong to; lengths (B, l), 0 where a query has fewer
+    replies; last (B, l) the positions of the replies' last tokens; rewards (B, l) as in `reward_matrix`;
+    chosen (B,); masks, a list of bool (n, n) for the n tokens of each query: may the row see the column?
+    """
+    width = max(len(example["response_ids"]) for example in examples)
+    ids, positions, targets, predict_at, reply, masks = [], [], [], [], [], []
+    lengths, last = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(2))
+    for b, example in enumerate(examples):
+        prompt = example["prompt_ids"]
+        end = len(ids) + len(prompt)
+        owner = [-1] * len(prompt)  # the reply of each token; -1: the prompt
+        ids += prompt
+        positions += range(len(prompt))
+        for i, response in enumerate(example["response_ids"]):
+            predict_at += [end - 1, *range(len(ids), len(ids) + len(response) - 1)]
+            targets += response
+            reply += [b * width + i] * len(response)
+            owner += [i] * len(response)
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            lengths[b, i], last[b, i] = len(response), len(ids) - 1
+        owners = torch.tensor(owner, device=device)
+        masks.append(((owners == -1) | (owners == owners[:, None])).tril())
+    tensor = partial(torch.tensor, device=device)
+    return {
+        "input_ids": tensor([ids]), "position_ids": tensor([positions]), "targets": tensor(targets),
+        "predict_at": tensor(predict_at), "reply": tensor(reply), "lengths": lengths.to(device),
+        "last": last.to(device), "rewards": reward_matrix(examples).to(device), "masks": masks,
+        "chosen": tensor([example["chosen"] for example in examples]),
+    }
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    masks: list[Tensor] | None = None, scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in a pack, query by query, as strangers never meet: (1, heads, N, d) -> (1, N, heads, d).
+
+    Without `masks` it is transformers' own, so that the same model can also generate.
+    """
+    if masks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    sizes, grouped = [len(mask) for mask in masks], query.shape[1] != key.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        for q, k, v, mask in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), masks, strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
+transformers.AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
+def forward_pack(model: PreTrainedModel, batch: Batch, **kwargs: Any) -> Any:
+    """A forward pass of a Hugging Face decoder over a pack; gives the decoder's output."""
+    if model.config._attn_implementation != "shared_prefix":
+        model.set_attn_implementation("shared_prefix")
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "masks")}
+    # A mask of four dimensions keeps transformers from making one of its own; ours are in `masks`.
+    unused = inputs["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return model(**inputs, attention_mask=unused, use_cache=False, **kwargs)
+
+
+def sequence_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of each reply, EOS included, and its length in tokens: (B, l), (B, l).
+
+    The LM head runs on the M positions that predict a reply's token, not on all N.
+    """
+    logits = forward_pack(model, batch, logits_to_keep=batch["predict_at"]).logits[0]  # (M, V)
+    token_logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")  # (M,)
+    lengths = batch["lengths"]
+    sum_logps = token_logps.new_zeros(lengths.numel()).index_add(0, batch["reply"], token_logps)
+    return sum_logps.view_as(lengths), lengths
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Rescoring and the losses, pure functions of log-probs and rewards (B, l). A query's replies stand best
+#    first; one of fewer than l replies has NaN rewards, and any finite log-probs, in the places left empty.
+
+
+def pick(values: Tensor, target: Tensor | None) -> Tensor:
+    """The column target (B,) of each row of values (B, l), by default the first: (B,)."""
+    return values[:, 0] if target is None else values.gather(1, target[:, None])[:, 0]
+
+
+def rescore(
+    rewards: Tensor, min_reward_gap: float | None, target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Section 2.1: which pairs and which queries train, by their rewards (B, l).
+
+    keep (B, l, l) bool, 1 - k of Eq. 5: True for pairs i < j with |r_i - r_j| > min_reward_gap, strictly.
+    gate (B,) bool, 1 - lambda of Eq. 7: True where the reply to imitate, the first or `target` (B,), has a
+    reward above zero. With min_reward_gap None all train: Table 3's 'w/o Rescore'.
+    """
+    gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
+    pairs = gap.isfinite().triu(1)  # those of two replies that exist
+    if min_reward_gap is None:
+        return pairs, torch.ones_like(pairs[:, 0, 0])
+    return pairs & (gap > min_reward_gap), pick(rewards, target) > 0
+
+
+def pairwise_margin_loss(avg_logps: Tensor, keep: Tensor, margin: float) -> Tensor:
+    """Eq. 4-6 summed over a query's kept pairs: avg_logps (B, l), keep (B, l, l), bool or weights -> (B,)."""
+    position = torch.arange(avg_logps.shape[1], device=avg_logps.device)
+    xi = margin * (position - position[:, None])  # (l, l), Eq. 6: margin x (j - i)
+    # Eq. 4 is printed as p_i - p_j + xi. Minimised, that would push the better reply i *down*; the release
+    # has the sign below (MarginRankingLoss with target 1), which asks the better reply to lead by xi.
+    f = avg_logps[:, None, :] - avg_logps[:, :, None] + xi  # (B, l, l), f_ij = p_j - p_i + xi_ij
+    return (keep * f.clamp(min=0)).sum((1, 2))  # Eq. 5
+
+
+def gated_sft_loss(sum_logps: Tensor, gate: Tensor, target: Tensor | None = None) -> Tensor:
+    """(1 - lambda) L_sft of Eq. 7, minus the log-prob of the reply to imitate: (B, l), (B,) -> (B,)."""
+    return -(gate * pick(sum_logps, target))
+
+
+def loss_counts(keep: Tensor, reduction: str) -> Tensor:
+    """What sums over a batch are divided by, (l,): the SFT term by entry 0, the pairs j - i = d by entry d.
+
+    "query": always the number of queries. "release": for pairs, the number of kept ones at their offset d.
+    """
+    queries, width = keep.shape[:2]
+    if reduction == "query":
+        return torch.full((width,), queries, device=keep.device)
+    kept = [keep.diagonal(d, dim1=1, dim2=2).sum().clamp(min=1) for d in range(1, width)]
+    return torch.tensor([queries, *kept], device=keep.device)
+
+
+def clha_loss(
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, margin: float, min_reward_gap: float | None,
+    alpha: float, reduction: str = "query", sft_reduction: str = "sum", contrast: bool = True,
+    target: Tensor | None = None, counts: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 7 for a batch: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, all scalars.
+
+    Give the `loss_counts` of a whole optimizer step as `counts` when the batch is a part of it: losses and
+    metrics of the parts then add up to those of the step, however it was divided.
+    """
+    keep, gate = rescore(rewards, min_reward_gap, target)
+    counts = loss_counts(keep, reduction) if counts is None else counts
+    position = torch.arange(rewards.shape[1], device=rewards.device)
+    weights = keep.to(avg_logps) / counts[(position - position[:, None]).clamp(min=0)]  # (B, l, l)
+    rank_loss = contrast * pairwise_margin_loss(avg_logps, weights, margin).sum()
+    sft_logps = sum_logps if sft_reduction == "sum" else avg_logps
+    sft_loss = gated_sft_loss(sft_logps, gate, target).sum() / counts[0]
+    loss = rank_loss + alpha * sft_loss
+    metrics = {"loss": loss.detach(), "loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
+    for name, value in query_metrics(avg_logps.detach(), rewards, keep, gate).items():
+        metrics[name] = value.sum() / counts[0]
+    return loss, metrics
+
+
+def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor) -> dict[str, Tensor]:
+    """What is logged beside the losses, each (B,); README.md explains them."""
+    pairs, _ = rescore(rewards, None)  # (B, l, l)
+    right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
+    best, worst = avg_logps[:, 0], pick(avg_logps, rewards.isfinite().sum(1) - 1)
+    return {
+        "rewards/accuracies": right.sum((1, 2)) / pairs.sum((1, 2)),
+        "rewards/margins": best - worst,
+        "logps/chosen": best,
+        "logps/rejected": worst,
+        "pairs_kept": keep.sum((1, 2)) / pairs.sum((1, 2)),
+        "gated": (~gate).float(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. The model: read once, sharded over the processes (FSDP2), saved as a plain Hugging Face folder
+
+
+def init_process() -> tuple[int, int, torch.device]:
+    """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_model_folder(path: str) -> None:
+    """Raises InputError unless `path` is a Hugging Face model folder, or may be a name on the hub."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
+    if not Path(path).is_dir():
+        if path.count("/") != 1 or path[0] in "./~":
+            raise InputError(f"{path}: no such model folder, and not a hub name like owner/name")
+        print(f"{path}: no such folder here, so it is taken from the Hugging Face hub", file=sys.stderr)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and drops BOS."""
+    check_model_folder(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
+    # transformers 5 makes of a bare tokenizer.model one without BOS and with other merges, and says nothing.
+    if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+    return tokenizer
+
+
+def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
+    """A causal LM with fp32 weights, sharded over all processes, that computes in `dtype`.
+
+    Rank 0 reads the weights; the others are built without memory and get their shards from it.
+    """
+    if rank_0 := dist.get_rank() == 0:
+        full, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if checkpointing:  # the method has another name since transformers 5.2x
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    # Gradients are reduced in fp32: in bf16, the mean over many processes can round small ones to zero.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:  # the decoder's layers
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)  # the rest in one unit: embedding and LM head may share weights
+    model.to_empty(device=device)
+    model.tie_weights()
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp.set_model_state_dict(model, full.state_dict() if rank_0 else {}, options=options)
+    for name, buffer in model.named_buffers():  # rotary frequencies: in no state dict, garbage until now
+        if rank_0:
+            buffer.copy_(full.get_buffer(name))
+        dist.broadcast(buffer, src=0)
+    return model.train()
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype
+) -> None:
+    """Gathers the shards into a Hugging Face folder, in the dtype of the computation; whole or not at all."""
+    state = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        partial_path = path.with_name(path.name + ".partial")
+        plain.save_pretrained(partial_path, state_dict={name: w.to(dtype) for name, w in state.items()})
+        tokenizer.save_pretrained(partial_path)
+        partial_path.rename(path)
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Example]:
+    """The records of a file as token ids, checked for what this configuration needs."""
+    need = {"rewards": config.rescore or config.ranking == "reward", "chosen": config.sft_target == "chosen"}
+    records = read_records(path, [name for name, needed in need.items() if needed])
+    bar = tqdm(records, desc=f"tokens of {Path(path).name}", disable=None if dist.get_rank() == 0 else True)
+    return [encode(r, tokenizer, config.max_length, config.max_prompt_length, config.ranking) for r in bar]
+
+
+def size(example: Example) -> int:
+    """Tokens that a query takes in a pack."""
+    return len(example["prompt_ids"]) + sum(map(len, example["response_ids"]))
+
+
+def data_order(queries: int, config: Config) -> list[tuple[float, list[int]]]:
+    """(epochs so far, indices of the queries) of each optimizer step; every epoch has its own seeded order.
+
+    The few queries that do not fill an epoch's last batch are left out of it.
+    """
+    per_epoch = queries // config.batch_size
+    order = []
+    for step in range(config.max_steps or round(config.epochs * per_epoch)):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            generator = torch.Generator().manual_seed(config.seed + epoch)
+            shuffled = torch.randperm(queries, generator=generator).tolist()
+        order.append(((step + 1) / per_epoch, shuffled[place * config.batch_size :][: config.batch_size]))
+    return order
+
+
+def deal(sizes: list[int], pack_tokens: int, processes: int) -> list[list[int]]:
+    """Deals queries of these sizes evenly into packs of at most `pack_tokens`: indices, a list a pack.
+
+    The packs are a multiple of `processes`: sharded models need as many passes on each of them.
+    """
+    limit = max(pack_tokens, *sizes)  # a query is not divided
+    rounds = math.ceil(sum(sizes) / limit / processes)
+    while True:
+        packs, loads = [[] for _ in range(rounds * processes)], [0] * (rounds * processes)
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # longest first, into the lightest pack
+            lightest = loads.index(min(loads))
+            packs[lightest].append(i)
+            loads[lightest] += sizes[i]
+        if max(loads) <= limit:
+            return packs
+        rounds += 1
+
+
+def run_batch(
+    model: PreTrainedModel, examples: list[Example], loss_fn: Callable[..., Any], config: Config, train: bool
+) -> dict[str, float]:
+    """Loss and metrics of a batch of queries over all processes; with `train`, gradients are accumulated.
+
+    What the loss is divided by follows from the rewards alone, so it is known for the whole batch before the
+    first forward pass. So the gradients are the same for any packs and any number of processes.
+    """
+    rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    keep, _ = rescore(reward_matrix(examples), config.min_reward_gap if config.rescore else None)
+    counts = loss_counts(keep, config.reduction).to(device)
+    totals: dict[str, Tensor] = {}
+    for part in deal([size(example) for example in examples], config.pack_tokens, processes)[rank::processes]:
+        batch = pack([examples[i] for i in part], device)
+        with torch.set_grad_enabled(train):
+            sum_logps, lengths = sequence_logps(model, batch)
+            avg_logps = sum_logps / lengths.clamp(min=1)  # p of Eq. 3
+            target = batch["chosen"] if config.sft_target == "chosen" else None
+            loss, metrics = loss_fn(avg_logps, sum_logps, batch["rewards"], target=target, counts=counts)
+        if train:
+            (loss * processes).backward()  # FSDP averages over processes, and this is to be a sum
+        totals = {name: totals.get(name, 0) + value for name, value in metrics.items()}
+    values = torch.stack(list(totals.values()))
+    dist.all_reduce(values)
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+def describe(model: PreTrainedModel, examples: list[Example], steps: int, config: Config) -> str:
+    """What is about to happen, in five lines."""
+    parameters = sum(p.numel() for p in model.parameters())
+    processes, queries = dist.get_world_size(), len(examples)
+    target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
+    rewards = reward_matrix(examples)
+    keep, gate = rescore(rewards, config.min_reward_gap if config.rescore else None, target)
+    kept, cut = keep.sum() / rescore(rewards, None)[0].sum(), sum(e["cut"] > 0 for e in examples) / queries
+    return (
+        f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
+        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es), then activations\n"
+        f"data    {queries:,} queries of {sum(map(size, examples)) / queries:.0f} tokens; "
+        f"in {cut:.1%} the prompt or a reply is cut\n"
+        f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
+        f"loss    margin {config.margin:g}, alpha {config.alpha:g}, reduction {config.reduction}\n"
+        f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}"
+    )
+
+
+def train(config: Config) -> None:
+    """The whole run: from records to output_dir/final, with metrics.jsonl on the way."""
+    rank, processes, device = init_process()
+    output = Path(config.output_dir)
+    if (output / "final").exists():
+        raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+    config.pack_tokens = config.pack_tokens or (8192 if device.type == "cuda" else 1024)
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+
+    tokenizer = load_tokenizer(config.model)
+    examples = load_examples(config.train_data, tokenizer, config)
+    dev_examples = load_examples(config.dev_data, tokenizer, config) if config.dev_data else []
+    if not processes <= config.batch_size <= len(examples):
+        raise InputError(f"--batch_size {config.batch_size}: must be from {processes} (the processes) to "
+                         f"{len(examples)} (the queries)")
+    order = data_order(len(examples), config)
+    if config.alpha is None:
+        length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
+        config.alpha = 0.05 * (length - 1) ** 2
+    gap = config.min_reward_gap if config.rescore else None
+    loss_fn = partial(
+        clha_loss, margin=config.margin, min_reward_gap=gap, alpha=config.alpha, reduction=config.reduction,
+        sft_reduction=config.sft_reduction, contrast=config.contrast)
+
+    model = load_model(config.model, device, dtype, config.activation_checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
+    scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
+    log = open_log(output, config) if rank == 0 else None
+    if rank == 0:
+        print(describe(model, examples, len(order), config), flush=True)
+
+    tokens, start = 0, time.perf_counter()
+    bar = tqdm(order, desc="train", disable=None if rank == 0 else True)
+    for step, (epoch, indices) in enumerate(bar, 1):
+        metrics = run_batch(model, [examples[i] for i in indices], loss_fn, config, train=True)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
+        if not math.isfinite(metrics["loss"] + norm):
+            raise FloatingPointError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}")
+        metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        tokens += sum(size(examples[i]) for i in indices)
+        metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - start)}
+        if dev_examples and (step % config.eval_every == 0 or step == len(order)):
+            dev = run_batch(model.eval(), dev_examples, loss_fn, config, train=False)
+            metrics |= {f"eval/{name}": value for name, value in dev.items()}
+            model.train()
+        if log:
+            log(step, metrics)
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rewards/accuracies")})
+        if config.save_every and step % config.save_every == 0:
+            save_model(model, tokenizer, output / f"step-{step}", dtype)
+    save_model(model, tokenizer, output / "final", dtype)
+    if rank == 0:
+        print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
+
+
+def open_log(output: Path, config: Config) -> Callable[[int, dict[str, float]], None]:
+    """Starts config.json, metrics.jsonl and, where it is installed, TensorBoard; returns what logs a step."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    file = (output / "metrics.jsonl").open("w")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(output / "tensorboard")
+    except ImportError:
+        board = None
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        print(json.dumps({"step": step, **metrics}), file=file, flush=True)
+        for name, value in metrics.items() if board else ():
+            board.add_scalar(name, value, step)
+
+    return log
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. The command line
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Flags to a Config; a recipe sets defaults, and a flag that is given wins over it."""
+    parser = transformers.HfArgumentParser(Config, description=__doc__.split("Read the file")[0])
+    parser.usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
+    parser.error = refuse
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def refuse(message: str) -> NoReturn:
+    """Stands in for argparse's `error`, which would print the whole usage too."""
+    raise InputError(f"{message} (see --help)")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; wrong input ends in one line from the first process, and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse_args(sys.argv[1:])))
