@@ -19,6 +19,7 @@ A record is one JSON line: {"prompt": [{"role": "user", "content": "..."}], "res
 "rewards": [1.2, -0.3], "chosen": 0, "subset": "helpful-base", "id": "..."}.
 """
 
+import argparse
 import gzip
 import json
 import math
@@ -92,7 +93,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on a GPU")
-    activation_checkpointing: bool = option(True, "keep all activations: faster, with more memory")
+    activation_checkpointing: bool = option(True, "keep all activations: faster, more memory")
     seed: int = option(42, "of the data order, which does not depend on the number of processes")
     # Watching
     eval_every: int = option(100, "steps between two evaluations of --dev_data")
@@ -208,8 +209,8 @@ def encode(
     """A record as token ids, its replies ordered by reward, best first (as in the file if there are none).
 
     Gives `prompt_ids`, `response_ids` (a list a reply), their `rewards` or None, where the `chosen` one now
-    is, the record's `id`, and `cut`: how many of prompt and replies were cut. EOS ends the replies that were
-    not. Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges over
+    is, the record's `id`, and `cut`: how many of prompt and replies were cut. EOS ends each uncut reply.
+    Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges over
     the start of a reply, the reply's log-probability is ill-defined.
     """
     text, rewards = render(record["prompt"]), record.get("rewards")
@@ -496,7 +497,8 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype
 ) -> None:
     """Gathers the shards into a Hugging Face folder, in the dtype of the computation; whole or not at all."""
-    state = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp.get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
@@ -595,7 +597,7 @@ def describe(model: PreTrainedModel, examples: list[Example], steps: int, config
     kept, cut = keep.sum() / rescore(rewards, None)[0].sum(), sum(e["cut"] > 0 for e in examples) / queries
     return (
         f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
-        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es), then activations\n"
+        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
         f"data    {queries:,} queries of {sum(map(size, examples)) / queries:.0f} tokens; "
         f"in {cut:.1%} the prompt or a reply is cut\n"
         f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
@@ -689,11 +691,15 @@ def open_log(output: Path, config: Config) -> Callable[[int, dict[str, float]], 
 
 def parse_args(argv: list[str]) -> Config:
     """Flags to a Config; a recipe sets defaults, and a flag that is given wins over it."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("Read the file")[0])
+    parser = transformers.HfArgumentParser(Config, description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
     parser.error = refuse
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     return parser.parse_args_into_dataclasses(argv)[0]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a description as it is written, and the defaults of the flags."""
 
 
 def refuse(message: str) -> NoReturn:

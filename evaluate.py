@@ -1,0 +1,243 @@
+"""Evaluation as in Section 3.4: greedy replies to the test prompts, their BLEU, and their reward.
+
+    python evaluate.py --model out/final --data test.jsonl --reward_model RM_EVAL --out eval/clha
+    python evaluate.py --model out/step-* --data dev.jsonl --reward_model RM --out eval/steps --plot reward.png
+    python evaluate.py table eval/base eval/sft eval/clha
+    torchrun --nproc_per_node 8 evaluate.py ...                        each process takes its share of the prompts
+
+A model gives one reply of at most 128 tokens to each prompt, cut where it goes on to speak for the human. A
+folder gets responses.jsonl (a line a reply, with its scores), scores.json and table.md. Several models get a
+folder each below --out, and best.txt names the one with the highest mean reward, as the release chooses its
+checkpoint. Rewards are sigmoids in percent, as in Table 2; BLEU is the paper's: of characters, by sentence.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from sacrebleu.metrics import BLEU
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import clha
+import reward
+from clha import InputError, Record
+
+STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")  # the released evaluation cuts a reply there
+
+# ------------------------------------------------------------------------------------------------------------
+# Replies
+
+
+def cut_reply(text: str) -> str:
+    """A generated text up to the first stop string, without white space around it."""
+    return re.split("|".join(STOP_STRINGS), text, maxsplit=1)[0].strip()
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    *,
+    max_new_tokens: int = 128,
+    max_prompt_length: int = 384,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[str]:
+    """Greedy replies to the prompts, in their order; worked on in batches of like length, the longest first."""
+    rows = tokenizer([clha.render(prompt) for prompt in prompts]).input_ids
+    ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    replies = [""] * len(ids)
+    with tqdm(total=len(ids), desc="generate", disable=None if progress else True) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            width = len(ids[part[0]])
+            padding = [width - len(ids[i]) for i in part]  # on the left, where generation needs it
+            batch = {
+                "input_ids": [[pad] * n + ids[i] for n, i in zip(padding, part, strict=True)],
+                "attention_mask": [[0] * n + [1] * (width - n) for n in padding],
+            }
+            output = model.generate(
+                **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
+                generation_config=GenerationConfig(
+                    max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id),
+            )
+            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for i, text in zip(part, texts, strict=True):
+                replies[i] = cut_reply(text)
+            bar.update(len(part))
+    return replies
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def char_bleu(hypotheses: list[str], references: list[str]) -> list[float]:
+    """The paper's BLEU of each hypothesis against its reference, 0-100.
+
+    The released evaluation gives nltk's sentence_bleu two *strings*, so its n-grams are of characters, spaces
+    included. Here sacrebleu counts the same: each character stands as its code point, and nothing is smoothed.
+    """
+    metric = BLEU(tokenize="none", smooth_method="none", effective_order=False, force=True)
+    points = [[" ".join(f"{ord(c):x}" for c in text.strip()) for text in texts] for texts in (hypotheses, references)]
+    return [metric.sentence_score(h, [r]).score for h, r in zip(*points, strict=True)]
+
+
+def word_bleu(hypotheses: list[str], references: list[str]) -> float:
+    """BLEU as others report it: of words (13a), over all sentences together, 0-100."""
+    return BLEU(tokenize="13a").corpus_score(hypotheses, [references]).score
+
+
+def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the mean: percentiles of the means of seeded resamples."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack([
+        tensor[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def summarise(rows: list[Record]) -> dict[str, Any]:
+    """Means of the scored replies of one model, by subset and in Total, the mean over all items."""
+    by_subset: dict[str, list[Record]] = {}
+    for row in rows:
+        by_subset.setdefault(row["subset"], []).append(row)
+    summary = {}
+    for subset, part in [*sorted(by_subset.items()), ("Total", rows)]:
+        summary[subset] = {"n": len(part), "word_bleu": word_bleu(*([row[k] for row in part] for k in ("response", "reference")))}
+        for name in ("reward", "char_bleu", "gold"):
+            if name in part[0]:
+                values = [row[name] for row in part]
+                summary[subset][name] = {"mean": sum(values) / len(values), "interval": interval(values)}
+    return summary
+
+
+def table(summaries: dict[str, dict[str, Any]], digits: int = 2) -> str:
+    """Summaries by model as a Markdown table, a row a model and subset."""
+    gold = any("gold" in row for summary in summaries.values() for row in summary.values())
+    titles = ["model", "subset", "n", "char BLEU", "word BLEU", "reward", "95 %", *(["gold", "95 %"] if gold else [])]
+    lines = [titles, ["---"] * len(titles)]
+    for model, summary in summaries.items():
+        for subset, row in summary.items():
+            cells = [model, subset, f"{row['n']:,}", f"{row['char_bleu']['mean']:.{digits}f}", f"{row['word_bleu']:.{digits}f}"]
+            for name in ("reward", "gold") if gold else ("reward",):
+                low, high = row[name]["interval"]
+                cells += [f"{row[name]['mean']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
+            lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def evaluate_model(path: str, folder: Path, records: list[Record], args: argparse.Namespace) -> dict[str, Any]:
+    """Replies, scores and table of one model, written to a folder; its summary. Work is shared by all processes."""
+    rank, processes, device = clha.init_process()
+    mine = records[rank::processes]
+    prompts, references = [r["prompt"] for r in mine], [r["responses"][r.get("chosen", 0)] for r in mine]
+
+    tokenizer = clha.load_tokenizer(path)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    replies = generate(
+        model, tokenizer, prompts, progress=rank == 0, max_new_tokens=args.max_new_tokens,
+        max_prompt_length=args.max_prompt_length, batch_size=args.batch_size)
+    del model  # a reward model may need the memory
+    judge = reward.load_reward_model(args.reward_model, device)
+    rewards = judge.score(prompts, replies)
+    rows = [
+        {"id": record.get("id"), "subset": record.get("subset", "all"), "prompt": prompt, "response": reply,
+         "reference": reference, "char_bleu": bleu, "reward": 100 / (1 + math.exp(-value))}
+        for record, prompt, reply, reference, bleu, value in zip(
+            mine, prompts, replies, references, char_bleu(replies, references), rewards, strict=True)
+    ]
+    if args.gold:
+        import toy
+        rows = [row | {"gold": toy.gold(row["prompt"], row["response"])} for row in rows]
+
+    rows = reward.gather(rows, len(records), processes)
+    summary = summarise(rows)
+    if rank == 0:
+        clha.write_jsonl(folder / "responses.jsonl", rows)
+        (folder / "table.md").write_text(table({folder.name: summary}) + "\n")
+        (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")  # the last: all is there
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The scores that an earlier evaluation left in a folder."""
+    if not (folder / "scores.json").is_file():
+        raise InputError(f"{folder}: no scores.json in it; `python evaluate.py --model ... --out {folder}` makes it")
+    return json.loads((folder / "scores.json").read_text())
+
+
+def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
+    """Draws the total reward (and gold reward) of the models named step-N against N, as a picture file."""
+    pyplot = reward.import_pyplot()
+    names = [name for name in ("reward", "gold") if name in next(iter(summaries.values()))["Total"]]
+    points = sorted((int(name.rpartition("-")[2]), summary["Total"]) for name, summary in summaries.items())
+    figure, all_axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.5), layout="constrained", squeeze=False)
+    for name, axes in zip(names, all_axes[0], strict=True):
+        steps, rows = [step for step, _ in points], [row[name] for _, row in points]
+        axes.plot(steps, [row["mean"] for row in rows], marker="o")
+        axes.fill_between(steps, *zip(*(row["interval"] for row in rows), strict=True), alpha=0.2)
+        axes.set(xlabel="step", ylabel={"reward": "mean sigmoid reward, %", "gold": "mean gold reward"}[name])
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Parses the command line and evaluates models, or makes one table of folders that are evaluated."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
+    parser.error = clha.refuse
+    commands = parser.add_subparsers(dest="command")
+    table_command = commands.add_parser("table", help="one table of evaluated folders")
+    table_command.error = clha.refuse
+    table_command.add_argument("folders", nargs="+", help="--out folders of earlier evaluations")
+    table_command.add_argument("--total", action="store_true", help="only the Total rows")
+    parser.add_argument("--model", nargs="+", help="Hugging Face folders or hub names")
+    parser.add_argument("--data", help="records whose prompts are answered; the chosen reply is the reference")
+    parser.add_argument("--reward_model", help="reward model of the evaluation: a folder or a hub name")
+    parser.add_argument("--out", help="folder for the replies, the scores and the table")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply (released: 128)")
+    parser.add_argument("--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
+    parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
+    parser.add_argument("--plot", default="", help="picture of the reward of models step-N against N")
+    args = parser.parse_args()
+    if args.command == "table":
+        summaries = {Path(folder).name: read_summary(Path(folder)) for folder in args.folders}
+        if args.total:
+            summaries = {name: {"Total": summary["Total"]} for name, summary in summaries.items()}
+        print(table(summaries))
+        return
+    if missing := [f"--{name}" for name in ("model", "data", "reward_model", "out") if not getattr(args, name)]:
+        clha.refuse(f"the following arguments are required: {', '.join(missing)}")
+
+    records, out = clha.read_records(args.data), Path(args.out)
+    single = len(args.model) == 1
+    folders = {path: out if single else out / Path(path).name for path in args.model}
+    if len(set(folders.values())) < len(args.model):
+        raise InputError(f"--model: {', '.join(args.model)} have the same folder name; evaluate them one by one")
+    summaries = {folder.name: evaluate_model(path, folder, records, args) for path, folder in folders.items()}
+    if clha.init_process()[0] == 0:
+        print(table(summaries))
+        if not single:
+            best = max(folders, key=lambda path: summaries[folders[path].name]["Total"]["reward"]["mean"])
+            (out / "best.txt").write_text(best + "\n")
+            print(f"\nhighest mean reward: {best}")
+        if args.plot:
+            plot_steps(summaries, args.plot)
+
+
+if __name__ == "__main__":
+    clha.run(main)
