@@ -1,13 +1,13 @@
 """Evaluation as in Section 3.4: greedy replies to the test prompts, their BLEU, and their reward.
 
     python evaluate.py --model out/final --data test.jsonl --reward_model RM_EVAL --out eval/clha
-    python evaluate.py --model out/step-* --data dev.jsonl --reward_model RM --out eval/steps --plot reward.png
+    python evaluate.py --model out/step-* --data dev.jsonl --reward_model RM --out eval/steps --plot steps.png
     python evaluate.py table eval/base eval/sft eval/clha
-    torchrun --nproc_per_node 8 evaluate.py ...                        each process takes its share of the prompts
+    torchrun --nproc_per_node 8 evaluate.py ...                      each process takes a share of the prompts
 
 A model gives one reply of at most 128 tokens to each prompt, cut where it goes on to speak for the human. A
 folder gets responses.jsonl (a line a reply, with its scores), scores.json and table.md. Several models get a
-folder each below --out, and best.txt names the one with the highest mean reward, as the release chooses its
+folder each below --out; best.txt names the one with the highest mean reward, as the release chooses its
 checkpoint. Rewards are sigmoids in percent, as in Table 2; BLEU is the paper's: of characters, by sentence.
 """
 
@@ -49,11 +49,14 @@ def generate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[str]:
-    """Greedy replies to the prompts, in their order; worked on in batches of like length, the longest first."""
+    """Greedy replies to the prompts, in their order; made in batches of like length, the longest first."""
     rows = tokenizer([clha.render(prompt) for prompt in prompts]).input_ids
     ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = tokenizer.eos_token_id
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": eos}
+    greedy = GenerationConfig(do_sample=False, **settings)
     replies = [""] * len(ids)
     with tqdm(total=len(ids), desc="generate", disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
@@ -66,8 +69,7 @@ def generate(
             }
             output = model.generate(
                 **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id),
+                generation_config=greedy,
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
@@ -83,12 +85,19 @@ def generate(
 def char_bleu(hypotheses: list[str], references: list[str]) -> list[float]:
     """The paper's BLEU of each hypothesis against its reference, 0-100.
 
-    The released evaluation gives nltk's sentence_bleu two *strings*, so its n-grams are of characters, spaces
-    included. Here sacrebleu counts the same: each character stands as its code point, and nothing is smoothed.
+    The released evaluation gives nltk's sentence_bleu two *strings*, so its n-grams are of characters, blanks
+    included. Here sacrebleu counts the same: a character stands as its code point, and nothing is smoothed.
     """
     metric = BLEU(tokenize="none", smooth_method="none", effective_order=False, force=True)
-    points = [[" ".join(f"{ord(c):x}" for c in text.strip()) for text in texts] for texts in (hypotheses, references)]
-    return [metric.sentence_score(h, [r]).score for h, r in zip(*points, strict=True)]
+    return [
+        metric.sentence_score(code_points(hypothesis), [code_points(reference)]).score
+        for hypothesis, reference in zip(hypotheses, references, strict=True)
+    ]
+
+
+def code_points(text: str) -> str:
+    """A text as words of which each is one character: its code point in hexadecimal."""
+    return " ".join(f"{ord(character):x}" for character in text.strip())
 
 
 def word_bleu(hypotheses: list[str], references: list[str]) -> float:
@@ -100,8 +109,8 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     """A 95 % bootstrap interval of the mean: percentiles of the means of seeded resamples."""
     tensor = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    means = torch.stack([
-        tensor[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)])
+    draws = (torch.randint(len(values), (len(values),), generator=generator) for _ in range(resamples))
+    means = torch.stack([tensor[draw].mean() for draw in draws])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
@@ -113,7 +122,8 @@ def summarise(rows: list[Record]) -> dict[str, Any]:
         by_subset.setdefault(row["subset"], []).append(row)
     summary = {}
     for subset, part in [*sorted(by_subset.items()), ("Total", rows)]:
-        summary[subset] = {"n": len(part), "word_bleu": word_bleu(*([row[k] for row in part] for k in ("response", "reference")))}
+        words = word_bleu([row["response"] for row in part], [row["reference"] for row in part])
+        summary[subset] = {"n": len(part), "word_bleu": words}
         for name in ("reward", "char_bleu", "gold"):
             if name in part[0]:
                 values = [row[name] for row in part]
@@ -121,27 +131,35 @@ def summarise(rows: list[Record]) -> dict[str, Any]:
     return summary
 
 
-def table(summaries: dict[str, dict[str, Any]], digits: int = 2) -> str:
+def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Summaries by model as a Markdown table, a row a model and subset."""
-    gold = any("gold" in row for summary in summaries.values() for row in summary.values())
-    titles = ["model", "subset", "n", "char BLEU", "word BLEU", "reward", "95 %", *(["gold", "95 %"] if gold else [])]
-    lines = [titles, ["---"] * len(titles)]
+    columns = ["char_bleu", "word_bleu", "reward"]
+    if all("gold" in summary["Total"] for summary in summaries.values()):
+        columns.append("gold")
+    lines = [["model", "subset", "n", *(name.replace("_bleu", " BLEU") for name in columns)]]
+    lines.append(["---"] * len(lines[0]))
     for model, summary in summaries.items():
         for subset, row in summary.items():
-            cells = [model, subset, f"{row['n']:,}", f"{row['char_bleu']['mean']:.{digits}f}", f"{row['word_bleu']:.{digits}f}"]
-            for name in ("reward", "gold") if gold else ("reward",):
-                low, high = row[name]["interval"]
-                cells += [f"{row[name]['mean']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
-            lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+            lines.append([model, subset, f"{row['n']:,}", *(cell(row[name]) for name in columns)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: float | dict[str, Any]) -> str:
+    """A score with two decimals; a mean with its 95 % interval: 57.72 (56.90 to 58.51)."""
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    low, high = value["interval"]
+    return f"{value['mean']:.2f} ({low:.2f} to {high:.2f})"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def evaluate_model(path: str, folder: Path, records: list[Record], args: argparse.Namespace) -> dict[str, Any]:
-    """Replies, scores and table of one model, written to a folder; its summary. Work is shared by all processes."""
+def evaluate_model(
+    path: str, folder: Path, records: list[Record], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Replies, scores and table of one model, written to a folder by all processes together; its summary."""
     rank, processes, device = clha.init_process()
     mine = records[rank::processes]
     prompts, references = [r["prompt"] for r in mine], [r["responses"][r.get("chosen", 0)] for r in mine]
@@ -177,7 +195,7 @@ def evaluate_model(path: str, folder: Path, records: list[Record], args: argpars
 def read_summary(folder: Path) -> dict[str, Any]:
     """The scores that an earlier evaluation left in a folder."""
     if not (folder / "scores.json").is_file():
-        raise InputError(f"{folder}: no scores.json in it; `python evaluate.py --model ... --out {folder}` makes it")
+        raise InputError(f"{folder}: no scores.json in it; `evaluate.py --model ... --out {folder}` makes it")
     return json.loads((folder / "scores.json").read_text())
 
 
@@ -186,7 +204,8 @@ def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
     pyplot = reward.import_pyplot()
     names = [name for name in ("reward", "gold") if name in next(iter(summaries.values()))["Total"]]
     points = sorted((int(name.rpartition("-")[2]), summary["Total"]) for name, summary in summaries.items())
-    figure, all_axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.5), layout="constrained", squeeze=False)
+    size = (5 * len(names), 3.5)
+    figure, all_axes = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, axes in zip(names, all_axes[0], strict=True):
         steps, rows = [step for step, _ in points], [row[name] for _, row in points]
         axes.plot(steps, [row["mean"] for row in rows], marker="o")
@@ -205,11 +224,12 @@ def main() -> None:
     table_command.add_argument("folders", nargs="+", help="--out folders of earlier evaluations")
     table_command.add_argument("--total", action="store_true", help="only the Total rows")
     parser.add_argument("--model", nargs="+", help="Hugging Face folders or hub names")
-    parser.add_argument("--data", help="records whose prompts are answered; the chosen reply is the reference")
+    parser.add_argument("--data", help="records; their chosen replies are the references")
     parser.add_argument("--reward_model", help="reward model of the evaluation: a folder or a hub name")
     parser.add_argument("--out", help="folder for the replies, the scores and the table")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply (released: 128)")
-    parser.add_argument("--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)")
+    parser.add_argument("--max_prompt_length", type=int, default=384,
+                        help="tokens of a prompt (released: 384)")
     parser.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
     parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
     parser.add_argument("--plot", default="", help="picture of the reward of models step-N against N")
@@ -220,21 +240,20 @@ def main() -> None:
             summaries = {name: {"Total": summary["Total"]} for name, summary in summaries.items()}
         print(table(summaries))
         return
-    if missing := [f"--{name}" for name in ("model", "data", "reward_model", "out") if not getattr(args, name)]:
+    needed = ("model", "data", "reward_model", "out")
+    if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
         clha.refuse(f"the following arguments are required: {', '.join(missing)}")
 
     records, out = clha.read_records(args.data), Path(args.out)
     single = len(args.model) == 1
     folders = {path: out if single else out / Path(path).name for path in args.model}
     if len(set(folders.values())) < len(args.model):
-        raise InputError(f"--model: {', '.join(args.model)} have the same folder name; evaluate them one by one")
+        raise InputError(f"--model: two of {', '.join(args.model)} have one name; evaluate them one by one")
     summaries = {folder.name: evaluate_model(path, folder, records, args) for path, folder in folders.items()}
     if clha.init_process()[0] == 0:
         print(table(summaries))
-        if not single:
-            best = max(folders, key=lambda path: summaries[folders[path].name]["Total"]["reward"]["mean"])
-            (out / "best.txt").write_text(best + "\n")
-            print(f"\nhighest mean reward: {best}")
+        best = max(folders, key=lambda path: summaries[folders[path].name]["Total"]["reward"]["mean"])
+        (out / "best.txt").write_text(best + "\n")
         if args.plot:
             plot_steps(summaries, args.plot)
 

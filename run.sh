@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# CLHA from a fresh machine to a table.
+#
+#   bash run.sh setup    .venv with the pinned packages (the two below call it themselves)
+#   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
+#   bash run.sh test     the tests
+#   bash run.sh          the paper's experiment, with these variables:
+#
+#     MODEL=huggyllama/llama-7b    the language model: a Hugging Face folder or a hub name
+#     HH=Anthropic/hh-rlhf         the data: the hub, a folder of raw HH-RLHF, or of the authors' data.zip
+#     RM_TRAIN=..., RM_EVAL=...    the reward models (default: Open-Assistant's, as in the paper)
+#     NPROC=8                      processes, one a GPU
+#     RECIPE=release               or default: clha.py's own margin and reward gap
+#     OUT=out/hh                   where everything goes; a stage whose output is there is skipped
+#     TRAIN_FLAGS=, EVAL_FLAGS=    more flags for clha.py and evaluate.py, such as "--max_steps 20"
+#
+# PYTHON=python3 takes an environment of your own instead of .venv.
+set -euo pipefail
+shopt -s nullglob
+cd "$(dirname "$0")"
+
+die() { echo "run.sh: $*" >&2; exit 2; }
+
+setup() {
+    [ -z "${PYTHON:-}" ] || return 0
+    PYTHON=.venv/bin/python
+    cmp -s requirements.txt .venv/installed.txt && return 0
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "needs python3 of version 3.11 or later"
+    echo "setup: installing the packages of requirements.txt into .venv"
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet -r requirements.txt
+    cp requirements.txt .venv/installed.txt
+}
+
+# stage OUTPUT COMMAND...: runs a command unless its output is there already; programs write outputs whole.
+stage() {
+    local output=$1 start=$SECONDS
+    shift
+    if [ -e "$output" ]; then
+        echo "== have $output"
+    else
+        echo "== $*"
+        "$@"
+        echo "   took $((SECONDS - start)) s"
+    fi
+}
+
+tiny() {
+    setup
+    local out=${OUT:-out/tiny} started=$SECONDS name
+    local data=$out/data base=$out/base/final
+    local small=(--batch_size 64 --pack_tokens 4096 --no_activation_checkpointing)
+    local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen --alpha 1 --sft_reduction mean)
+    local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096)
+    stage "$data" "$PYTHON" prepare_data.py toy --out "$data"
+    stage "$base" "$PYTHON" clha.py --model "$data/init" --train_data "$data/pretrain.jsonl" \
+        --output_dir "$out/base" "${small[@]}" "${sft[@]}" --learning_rate 2e-3 --max_steps 280 --lr_schedule cosine
+    stage "$out/rm_train" "$PYTHON" reward.py train --model "$base" --data "$data/rm_train.jsonl" \
+        --out "$out/rm_train" "${rm[@]}" --seed 1
+    stage "$out/rm_eval" "$PYTHON" reward.py train --model "$base" --data "$data/rm_eval.jsonl" \
+        --out "$out/rm_eval" "${rm[@]}" --seed 2
+    stage "$out/train.jsonl" "$PYTHON" reward.py score --model "$out/rm_train" --data "$data/train.jsonl" \
+        --out "$out/train.jsonl" --plot "$out/gaps.png"
+    stage "$out/dev.jsonl" "$PYTHON" reward.py score --model "$out/rm_train" --data "$data/dev.jsonl" \
+        --out "$out/dev.jsonl"
+    stage "$out/sft/final" "$PYTHON" clha.py --model "$base" --train_data "$data/train.jsonl" \
+        --output_dir "$out/sft" "${small[@]}" "${sft[@]}" --learning_rate 5e-4 --max_steps 80
+    stage "$out/clha/final" "$PYTHON" clha.py --model "$base" --train_data "$out/train.jsonl" \
+        --output_dir "$out/clha" "${small[@]}" --learning_rate 5e-4 --max_steps 80 \
+        --dev_data "$out/dev.jsonl" --eval_every 20 --save_every 10
+    for name in base sft clha; do
+        stage "$out/eval/$name/scores.json" "$PYTHON" evaluate.py --model "$out/$name/final" \
+            --data "$data/test.jsonl" --reward_model "$out/rm_eval" --out "$out/eval/$name" --gold
+    done
+    stage "$out/reward.png" "$PYTHON" evaluate.py --model "$out"/clha/step-* --data "$data/dev.jsonl" \
+        --reward_model "$out/rm_eval" --out "$out/eval/steps" --gold --plot "$out/reward.png"
+    "$PYTHON" evaluate.py table --total "$out"/eval/{base,sft,clha} | tee "$out/table.md"
+    echo "$((SECONDS - started)) s; the table is in $out/table.md, the pictures are $out/reward.png and $out/gaps.png"
+}
+
+tests() {
+    setup
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m pytest -q
+}
+
+full() {
+    setup
+    local model=${MODEL:-huggyllama/llama-7b} hh=${HH:-Anthropic/hh-rlhf} out=${OUT:-out/hh} nproc=${NPROC:-8}
+    local rm_train=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5}
+    local rm_eval=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1}
+    [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: must be a number of processes"
+    local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$nproc") data=$out/data part
+    local format=hh
+    # Raw HH-RLHF has a folder for each subset; the authors' data.zip has not.
+    [ -d "$hh" ] && ! compgen -G "$hh/*-base" > /dev/null && format=release
+    stage "$data" "$PYTHON" prepare_data.py "$format" --source "$hh" --out "$data"
+    for part in train dev; do
+        [ -e "$data/$part.jsonl" ] || die "$hh: has no $part data"
+        if [ $format = release ]; then  # scored by the authors
+            stage "$out/$part.jsonl" cp "$data/$part.jsonl" "$out/$part.jsonl"
+        else
+            stage "$out/$part.jsonl" "${launch[@]}" reward.py score --model "$rm_train" \
+                --data "$data/$part.jsonl" --out "$out/$part.jsonl" --plot "$out/gaps-$part.png"
+        fi
+    done
+    # shellcheck disable=SC2086  # the flags are meant to be split
+    stage "$out/clha/final" "${launch[@]}" clha.py --model "$model" --train_data "$out/train.jsonl" \
+        --dev_data "$out/dev.jsonl" --output_dir "$out/clha" --recipe "${RECIPE:-release}" --save_every 600 \
+        ${TRAIN_FLAGS:-}
+    # The release keeps the checkpoint whose greedy replies to the dev prompts have the highest mean reward.
+    # shellcheck disable=SC2086
+    stage "$out/eval/dev/best.txt" "${launch[@]}" evaluate.py --model "$out"/clha/{step-*,final} \
+        --data "$out/dev.jsonl" --reward_model "$rm_train" --out "$out/eval/dev" ${EVAL_FLAGS:-}
+    # shellcheck disable=SC2086
+    stage "$out/eval/clha/scores.json" "${launch[@]}" evaluate.py --model "$(cat "$out/eval/dev/best.txt")" \
+        --data "$data/test.jsonl" --reward_model "$rm_eval" --out "$out/eval/clha" ${EVAL_FLAGS:-}
+    # shellcheck disable=SC2086
+    stage "$out/eval/base/scores.json" "${launch[@]}" evaluate.py --model "$model" \
+        --data "$data/test.jsonl" --reward_model "$rm_eval" --out "$out/eval/base" ${EVAL_FLAGS:-}
+    "$PYTHON" evaluate.py table "$out"/eval/{base,clha} | tee "$out/table.md"
+}
+
+case ${1:-full} in
+    setup) setup ;;
+    tiny) tiny ;;
+    test) tests ;;
+    full) full ;;
+    *) die "$1: no such command; there are setup, tiny, test, and none for the full reproduction" ;;
+esac

@@ -1,0 +1,50 @@
+"""What the tests share: the toy world in small, a tiny model of it, and the reference files where they are."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toy
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # reference values and real data; not part of the project
+
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start: two of them share two cores
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small toy world on disk: its records, and init/, a tiny random LLaMA with its tokenizer."""
+    folder = tmp_path_factory.mktemp("toy") / "world"
+    toy.write(folder, seed=0, queries=256)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_and_tokenizer(world: Path) -> tuple[Any, Any]:
+    """The tiny random LLaMA of the toy world, in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(world / "init", dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(world / "init")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of reference files; the test is skipped where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip("reference files (../shared) are not here")
+    return SHARED
+
+
+def golden(name: str) -> Any:
+    """A file of reference values; skips the test, by name, where it is absent."""
+    path = SHARED / "golden" / name
+    if not path.is_file():
+        pytest.skip(f"../shared/golden/{name} is not here")
+    return json.loads(path.read_text())
