@@ -24,9 +24,11 @@ import gzip
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -440,20 +443,25 @@ def init_process() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def check_model_folder(path: str) -> None:
-    """Raises InputError unless `path` is a Hugging Face model folder, or may be a name on the hub."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Around what loads from a folder or a hub name: raises InputError if there is no model to be had."""
     if not Path(path).is_dir():
         if path.count("/") != 1 or path[0] in "./~":
             raise InputError(f"{path}: no such model folder, and not a hub name like owner/name")
         print(f"{path}: no such folder here, so it is taken from the Hugging Face hub", file=sys.stderr)
+    elif not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and drops BOS."""
-    check_model_folder(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    with loading(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
     # transformers 5 makes of a bare tokenizer.model one without BOS and with other merges, and says nothing.
@@ -468,7 +476,9 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointin
     Rank 0 reads the weights; the others are built without memory and get their shards from it.
     """
     if rank_0 := dist.get_rank() == 0:
-        full, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        settings = {"dtype": torch.float32, "output_loading_info": True}
+        with loading(path):
+            full, info = AutoModelForCausalLM.from_pretrained(path, **settings)
         if info["missing_keys"]:
             raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
     with torch.device("meta"):
@@ -505,6 +515,7 @@ def save_model(
         partial_path = path.with_name(path.name + ".partial")
         plain.save_pretrained(partial_path, state_dict={name: w.to(dtype) for name, w in state.items()})
         tokenizer.save_pretrained(partial_path)
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier run that did not end
         partial_path.rename(path)
     dist.barrier()
 
@@ -545,7 +556,8 @@ def data_order(queries: int, config: Config) -> list[tuple[float, list[int]]]:
 def deal(sizes: list[int], pack_tokens: int, processes: int) -> list[list[int]]:
     """Deals queries of these sizes evenly into packs of at most `pack_tokens`: indices, a list a pack.
 
-    The packs are a multiple of `processes`: sharded models need as many passes on each of them.
+    The packs are a multiple of `processes`, even if some stay empty: sharded models need as many passes on
+    each process.
     """
     limit = max(pack_tokens, *sizes)  # a query is not divided
     rounds = math.ceil(sum(sizes) / limit / processes)
@@ -573,15 +585,16 @@ def run_batch(
     counts = loss_counts(keep, config.reduction).to(device)
     totals: dict[str, Tensor] = {}
     for part in deal([size(example) for example in examples], config.pack_tokens, processes)[rank::processes]:
-        batch = pack([examples[i] for i in part], device)
+        batch = pack([examples[i] for i in part or [0]], device)
+        weight = 1 if part else 0  # with an empty pack, a process only keeps step with the others
         with torch.set_grad_enabled(train):
             sum_logps, lengths = sequence_logps(model, batch)
             avg_logps = sum_logps / lengths.clamp(min=1)  # p of Eq. 3
             target = batch["chosen"] if config.sft_target == "chosen" else None
             loss, metrics = loss_fn(avg_logps, sum_logps, batch["rewards"], target=target, counts=counts)
         if train:
-            (loss * processes).backward()  # FSDP averages over processes, and this is to be a sum
-        totals = {name: totals.get(name, 0) + value for name, value in metrics.items()}
+            (loss * weight * processes).backward()  # FSDP averages over processes, and this is to be a sum
+        totals = {name: totals.get(name, 0) + value * weight for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
@@ -608,7 +621,7 @@ def describe(model: PreTrainedModel, examples: list[Example], steps: int, config
 
 def train(config: Config) -> None:
     """The whole run: from records to output_dir/final, with metrics.jsonl on the way."""
-    rank, processes, device = init_process()
+    rank, _, device = init_process()
     output = Path(config.output_dir)
     if (output / "final").exists():
         raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
@@ -619,9 +632,8 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config.train_data, tokenizer, config)
     dev_examples = load_examples(config.dev_data, tokenizer, config) if config.dev_data else []
-    if not processes <= config.batch_size <= len(examples):
-        raise InputError(f"--batch_size {config.batch_size}: must be from {processes} (the processes) to "
-                         f"{len(examples)} (the queries)")
+    if not 1 <= config.batch_size <= len(examples):
+        raise InputError(f"--batch_size {config.batch_size}: must be 1 to {len(examples)} (queries)")
     order = data_order(len(examples), config)
     if config.alpha is None:
         length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
@@ -645,7 +657,7 @@ def train(config: Config) -> None:
         metrics = run_batch(model, [examples[i] for i in indices], loss_fn, config, train=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
         if not math.isfinite(metrics["loss"] + norm):
-            raise FloatingPointError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}")
+            raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}: training has diverged")
         metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
         optimizer.step()
         scheduler.step()
@@ -709,6 +721,8 @@ def refuse(message: str) -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program; wrong input ends in one line from the first process, and exit code 2."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # as ours do
     try:
         main()
     except InputError as error:

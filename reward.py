@@ -135,29 +135,32 @@ def load_reward_model(
 
     Raises InputError if the folder is none, has weights missing (a head above all), or more than one output.
     """
-    clha.check_model_folder(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = {"dtype": dtype, "output_loading_info": True}
-    config, _ = transformers.PretrainedConfig.get_config_dict(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, config=transformers.PretrainedConfig())
-    eos, add_special_tokens = tokenizer.eos_token or "", False
-    if config.get("model_type") == "gpt_neox_reward_model":
-        neox = GPTNeoXConfig.from_dict(config)
-        model, info = OpenAssistantRewardModel.from_pretrained(path, config=neox, **settings)
-        text = partial(oasst_text, eos=eos)
+    with clha.loading(path):
+        config, _ = transformers.PretrainedConfig.get_config_dict(path)
+        # A config that says nothing: AutoTokenizer would refuse Open-Assistant's unknown model type.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, config=transformers.PretrainedConfig())
+        if open_assistant := config.get("model_type") == "gpt_neox_reward_model":
+            settings["config"] = GPTNeoXConfig.from_dict(config)
+        kind = OpenAssistantRewardModel if open_assistant else AutoModelForSequenceClassification
+        model, info = kind.from_pretrained(path, **settings)
+    if open_assistant:
+        text = partial(oasst_text, eos=tokenizer.eos_token)
+    elif tokenizer.chat_template:
+        text = partial(chat_text, tokenizer)
     else:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, **settings)
-        text = partial(chat_text, tokenizer) if tokenizer.chat_template else partial(hh_text, eos=eos)
-        add_special_tokens = not tokenizer.chat_template
-        if model.config.num_labels != 1:
-            raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
+        text = partial(hh_text, eos=tokenizer.eos_token or "")
+    if not open_assistant and model.config.num_labels != 1:
+        raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{path}: not a whole reward model, it has no weights for {missing}")
     max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     pack_tokens = pack_tokens or (8192 if device.type == "cuda" else 1024)
-    return RewardModel(model.to(device), tokenizer, text, add_special_tokens, max_length, pack_tokens)
+    adds_bos = not open_assistant and not tokenizer.chat_template  # elsewhere the text has all it needs
+    return RewardModel(model.to(device), tokenizer, text, adds_bos, max_length, pack_tokens)
 
 
 def oasst_text(prompt: Messages, response: str, eos: str) -> str:
