@@ -1,0 +1,250 @@
+"""Preference data as records, one JSON line a query: HH-RLHF, the authors' data.zip, or the toy world.
+
+    python prepare_data.py hh --source Anthropic/hh-rlhf --out data      the hub, or a folder of raw files
+    python prepare_data.py release --source FOLDER --out data            the authors' files with their rewards
+    python prepare_data.py toy --out data                                a small world with a known reward
+
+Writes train.jsonl, dev.jsonl and test.jsonl; prints how many queries each subset has, beside the paper's
+Table 1, and what was left out and why. No dev query is in the test set.
+"""
+
+import argparse
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import clha
+from clha import InputError, Record
+
+TABLE_1 = {  # (training, test) queries of each subset in the paper
+    "harmless-base": (42537, 2312),
+    "helpful-base": (43835, 2354),
+    "helpful-online": (22007, 1137),
+    "helpful-rejection-sampled": (52421, 2749),
+}
+Splits = dict[str, list[Record]]  # "train", "dev", "test" -> records
+Row = tuple[str, str, int, dict[str, Any]]  # split, subset, line and what stands there
+
+# ------------------------------------------------------------------------------------------------------------
+# Raw HH-RLHF
+
+
+def split_dialogue(text: str) -> list[dict[str, str]]:
+    """HH-RLHF's text as turns {"role": "user" or "assistant", "content"}, with nothing lost but outer blanks.
+
+    A turn begins at "Human:" or "Assistant:" after an empty line, or at the very start, and goes on to the
+    next, empty lines included. (The released parser drops all but the first paragraph of a turn.) Raises
+    ValueError if the text does not begin with a turn.
+    """
+    before, *pieces = re.split(r"(?:\n\n|\A\s*)(Human|Assistant):", text)
+    if before.strip() or not pieces:
+        raise ValueError("the text does not begin with Human: or Assistant:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": roles[name], "content": content.strip()} for name, content in turns]
+
+
+def hh_record(row: dict[str, Any]) -> Record | str:
+    """The record of a raw row {"chosen", "rejected"}, both whole dialogues; or why it is left out."""
+    try:
+        *prompt, chosen = split_dialogue(row["chosen"])
+        *other_prompt, rejected = split_dialogue(row["rejected"])
+    except ValueError as error:
+        return str(error)
+    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
+        return "the last turn is not the assistant's"
+    if not prompt or prompt != other_prompt:
+        return "chosen and rejected answer different dialogues"
+    return {"prompt": prompt, "responses": [chosen["content"], rejected["content"]], "chosen": 0}
+
+
+def read_hh(source: str) -> Iterator[Row]:
+    """Yields (split, subset, line, row) of the raw files in a folder, or of a data set on the hub."""
+    folder, found = Path(source), False
+    for subset in TABLE_1:
+        for split in ("train", "test"):
+            if folder.is_dir():
+                files = [*folder.glob(f"{subset}/{split}.jsonl"), *folder.glob(f"{subset}/{split}.jsonl.gz")]
+                if not files:
+                    print(f"not found: {folder / subset / split}.jsonl(.gz)")
+                    continue
+                rows: Iterable[tuple[int, dict[str, Any]]] = clha.read_jsonl(files[0])
+            elif source.count("/") == 1 and source[0] not in "./~":
+                from datasets import load_dataset
+
+                print(f"taking {subset}/{split} of {source} from the Hugging Face hub")
+                rows = enumerate(load_dataset(source, data_dir=subset, split=split), 1)
+            else:
+                raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
+            found = True
+            for line, row in tqdm(rows, desc=f"{subset}/{split}", disable=None):
+                if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+                    raise InputError(f"{source}, {subset}/{split}, line {line}: no texts chosen and rejected")
+                yield split, subset, line, row
+    if not found:
+        raise InputError(f"{source}: has none of HH-RLHF's files, such as harmless-base/train.jsonl.gz")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The authors' data.zip
+
+
+def release_record(row: dict[str, Any]) -> Record:
+    """The record of a row of the authors' files: prefix, suffix, reward, sft_index.
+
+    A prefix is a list of tagged turns, "<|prompter|>..." or "<|assistant|>...", that ends in an empty
+    "<|assistant|>"; there is one for each reply, all the same. Raises ValueError for a row of another form.
+    """
+    prefix = row["prefix"][0] if isinstance(row["prefix"][0], list) else row["prefix"]
+    tagged = re.split(r"<\|(prompter|assistant)\|>", "".join(prefix).replace("<|endoftext|>", ""))[1:]
+    roles = {"prompter": "user", "assistant": "assistant"}
+    pieces = zip(tagged[::2], tagged[1::2], strict=True)
+    turns = [{"role": roles[tag], "content": text.strip()} for tag, text in pieces]
+    if not turns or turns[-1] != {"role": "assistant", "content": ""}:
+        raise ValueError('"prefix" does not end in <|assistant|>')
+    responses = [text.replace("<|endoftext|>", "").strip() for text in row["suffix"]]
+    chosen = row.get("sft_index", 0)
+    return {"prompt": turns[:-1], "responses": responses, "rewards": row["reward"], "chosen": chosen}
+
+
+def read_release(source: str) -> Iterator[Row]:
+    """Yields (split, subset, line, row) of the authors' files: one file, or all in a folder and below it.
+
+    "train" in a file's path below the folder makes it training data, "dev" in its name dev data; the others
+    are test data.
+    """
+    root = Path(source)
+    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*.json*") if p.is_file())
+    if not paths:
+        raise InputError(f"{source}: no such file, nor a folder with .json, .jsonl or .json.gz files")
+    for path in paths:
+        place = path.name if root.is_file() else str(path.relative_to(root))
+        split = "train" if "train" in place else "dev" if "dev" in path.name else "test"
+        for line, row in tqdm(clha.read_jsonl(path), desc=place, disable=None):
+            meta = Path(row.get("meta", {}).get("path", ""))
+            subset = meta.parent.name if meta.parent.name in TABLE_1 else path.name.split(".")[0]
+            yield split, subset.replace("_", "-"), line, row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Records of both
+
+
+def collect(rows: Iterable[Row], parse: Callable[..., Record | str]) -> tuple[Splits, Counter[str]]:
+    """All rows as records by split, and how many were left out for which reason."""
+    splits: Splits = {"train": [], "dev": [], "test": []}
+    dropped: Counter[str] = Counter()
+    for split, subset, line, row in rows:
+        try:
+            record = parse(row)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{subset}/{split}, line {line}: not a row of this format ({error})") from None
+        if not isinstance(record, str):
+            record |= {"subset": subset, "id": f"{subset}/{split}/{line}"}
+            if not all(response.strip() for response in record["responses"]):
+                record = "an empty reply"
+            elif wrong := clha.check_record(record, []):
+                raise InputError(f"{subset}/{split}, line {line}: {wrong}")
+        if isinstance(record, str):
+            dropped[record] += 1
+        else:
+            splits[split].append(record)
+    return splits, dropped
+
+
+def same_query(record: Record) -> str:
+    """A key that two records share if they are the same query."""
+    return repr((record["prompt"], sorted(record["responses"])))
+
+
+def hold_out(splits: Splits, items: int, seed: int) -> int:
+    """Sees to it that no dev query is in the test set; returns how many were taken out of it.
+
+    Where there is no dev set, `items` of the test queries are drawn as one.
+    """
+    if not splits["dev"] and splits["test"]:
+        if items >= len(splits["test"]):
+            raise InputError(f"--dev_items {items}: only {len(splits['test'])} test queries to draw from")
+        splits["dev"] = random.Random(seed).sample(splits["test"], items)
+    dev = {same_query(record) for record in splits["dev"]}
+    test = [record for record in splits["test"] if same_query(record) not in dev]
+    removed, splits["test"] = len(splits["test"]) - len(test), test
+    return removed
+
+
+def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> str:
+    """Table 1 of what was read, beside the paper's, and what was left out."""
+    counts = {split: Counter(record["subset"] for record in records) for split, records in splits.items()}
+    subsets = [*TABLE_1, *sorted(set().union(*counts.values()) - set(TABLE_1))]
+    lines = ["| subset | train | dev | test | paper: train | test |", "| --- |" + " --- |" * 5]
+    for subset in subsets:
+        paper = [f"{n:,}" for n in TABLE_1.get(subset, ())] or ["", ""]
+        cells = [f"{counts[split][subset]:,}" for split in ("train", "dev", "test")] + paper
+        lines.append(f"| {subset} | " + " | ".join(cells) + " |")
+    lines.append(f"\n{read:,} queries read, {dropped.total():,} of them left out")
+    lines += [f"  {count:,}: {reason}" for reason, count in dropped.most_common()]
+    lines.append(f"{len(splits['dev']):,} dev queries, which took {removed:,} out of the test set")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Reads HH-RLHF or the authors' files; writes those of train, dev and test.jsonl that have records."""
+    rows, parse = (read_hh, hh_record) if args.command == "hh" else (read_release, release_record)
+    splits, dropped = collect(rows(args.source), parse)
+    read = sum(map(len, splits.values())) + dropped.total()
+    removed = hold_out(splits, args.dev_items, args.seed)
+    for split, records in splits.items():
+        if records:
+            clha.write_jsonl(Path(args.out) / f"{split}.jsonl", records)
+    print(report(splits, read, dropped, removed))
+
+
+def make_toy(args: argparse.Namespace) -> None:
+    """Makes the toy world."""
+    import toy
+
+    if Path(args.out).exists():
+        raise InputError(f"{args.out}: exists already; choose another --out")
+    toy.write(
+        Path(args.out), args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries)
+    print(f"written to {args.out}: init/, an untrained model, and the records of")
+    for path in sorted(Path(args.out).glob("*.jsonl")):
+        print(f"  {path.name}: {sum(1 for _ in clha.read_jsonl(path)):,} queries")
+
+
+def main() -> None:
+    """Parses the command line and runs one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
+    parser.error = clha.refuse
+    commands = parser.add_subparsers(dest="command", required=True)
+    hh = commands.add_parser("hh", help="HH-RLHF", formatter_class=clha.HelpFormatter)
+    release = commands.add_parser("release", help="the authors' data.zip", formatter_class=clha.HelpFormatter)
+    toy_world = commands.add_parser("toy", help="the toy world", formatter_class=clha.HelpFormatter)
+    for command in (hh, release, toy_world):
+        command.error = clha.refuse
+        command.set_defaults(run=prepare)
+        command.add_argument("--out", required=True, help="folder for the records")
+        command.add_argument("--seed", type=int, default=42, help="of whatever is drawn")
+    hh.add_argument("--source", required=True, help="Anthropic/hh-rlhf, or a folder with its four subsets")
+    release.add_argument("--source", required=True, help="a file of the authors', or a folder with some")
+    for command in (hh, release):
+        command.add_argument("--dev_items", type=int, default=280, help="dev queries drawn from the test set")
+    toy_world.set_defaults(run=make_toy)
+    toy_world.add_argument("--label_noise", type=float, default=0.2, help="share of wrong labels")
+    toy_world.add_argument("--length", type=int, default=2, help="replies a query in train.jsonl")
+    toy_world.add_argument("--queries", type=int, default=2048, help="queries in train.jsonl")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    clha.run(main)
