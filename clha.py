@@ -293,17 +293,22 @@ def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
 
 def shared_prefix_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    masks: list[Tensor] | None = None, scaling: float | None = None, **kwargs: Any,
+    masks: list[Tensor] | None = None, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in a pack, query by query, as strangers never meet: (1, heads, N, d) -> (1, N, heads, d).
 
     Without `masks` it is transformers' own, so that the same model can also generate.
     """
     if masks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    sizes, grouped = [len(mask) for mask in masks], query.shape[1] != key.shape[1]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    sizes, window = [len(mask) for mask in masks], kwargs.get("sliding_window") or math.inf
+    if kwargs.get("softcap") or window < max(sizes):
+        raise InputError(f"{type(module).__name__}: packs have no soft-capped or sliding-window attention")
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout,
+                     enable_gqa=query.shape[1] != key.shape[1])
     parts = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        attend(q, k, v, attn_mask=mask)
         for q, k, v, mask in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), masks, strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -657,7 +662,7 @@ def train(config: Config) -> None:
         metrics = run_batch(model, [examples[i] for i in indices], loss_fn, config, train=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
         if not math.isfinite(metrics["loss"] + norm):
-            raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}: training has diverged")
+            raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}: it diverged")
         metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
         optimizer.step()
         scheduler.step()

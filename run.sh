@@ -3,6 +3,7 @@
 #
 #   bash run.sh setup    .venv with the pinned packages (the two below call it themselves)
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
+#                        (SCALE=40 takes 40 percent of the steps)
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
 #
@@ -47,14 +48,15 @@ stage() {
 
 tiny() {
     setup
-    local out=${OUT:-out/tiny} started=$SECONDS name
+    local out=${OUT:-out/tiny} scale=${SCALE:-100} started=$SECONDS name
+    [[ $scale =~ ^[1-9][0-9]*$ ]] || die "SCALE=$scale: must be a percentage of the steps"
     local data=$out/data base=$out/base/final
     local small=(--batch_size 64 --pack_tokens 4096 --no_activation_checkpointing)
     local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen --alpha 1 --sft_reduction mean)
-    local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096)
+    local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096 --epochs "$(printf '%d.%02d' $((scale / 100)) $((scale % 100)))")
     stage "$data" "$PYTHON" prepare_data.py toy --out "$data"
     stage "$base" "$PYTHON" clha.py --model "$data/init" --train_data "$data/pretrain.jsonl" \
-        --output_dir "$out/base" "${small[@]}" "${sft[@]}" --learning_rate 2e-3 --max_steps 280 --lr_schedule cosine
+        --output_dir "$out/base" "${small[@]}" "${sft[@]}" --learning_rate 2e-3 --max_steps $((280 * scale / 100)) --lr_schedule cosine
     stage "$out/rm_train" "$PYTHON" reward.py train --model "$base" --data "$data/rm_train.jsonl" \
         --out "$out/rm_train" "${rm[@]}" --seed 1
     stage "$out/rm_eval" "$PYTHON" reward.py train --model "$base" --data "$data/rm_eval.jsonl" \
@@ -64,9 +66,9 @@ tiny() {
     stage "$out/dev.jsonl" "$PYTHON" reward.py score --model "$out/rm_train" --data "$data/dev.jsonl" \
         --out "$out/dev.jsonl"
     stage "$out/sft/final" "$PYTHON" clha.py --model "$base" --train_data "$data/train.jsonl" \
-        --output_dir "$out/sft" "${small[@]}" "${sft[@]}" --learning_rate 5e-4 --max_steps 80
+        --output_dir "$out/sft" "${small[@]}" "${sft[@]}" --learning_rate 5e-4 --max_steps $((80 * scale / 100))
     stage "$out/clha/final" "$PYTHON" clha.py --model "$base" --train_data "$out/train.jsonl" \
-        --output_dir "$out/clha" "${small[@]}" --learning_rate 5e-4 --max_steps 80 \
+        --output_dir "$out/clha" "${small[@]}" --learning_rate 5e-4 --max_steps $((80 * scale / 100)) \
         --dev_data "$out/dev.jsonl" --eval_every 20 --save_every 10
     for name in base sft clha; do
         stage "$out/eval/$name/scores.json" "$PYTHON" evaluate.py --model "$out/$name/final" \
