@@ -13,6 +13,7 @@ checkpoint. Rewards are sigmoids in percent, as in Table 2; BLEU is the paper's:
 
 import argparse
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ import clha
 import reward
 from clha import InputError, Record
 
+logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it advises another BLEU than the paper's, each time
 STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")  # the released evaluation cuts a reply there
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,179 @@
+"""Packs and their log-probabilities: exactly those that each reply has alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import clha
+
+
+def query(prompt: list[int], *responses: list[int], rewards: list[float] | None = None) -> clha.Example:
+    """An encoded query."""
+    return {"prompt_ids": prompt, "response_ids": list(responses), "rewards": rewards, "chosen": 0, "cut": 0}
+
+
+def random_queries(number: int, seed: int = 0) -> list[clha.Example]:
+    """Queries of two to four replies of 1 to 12 tokens, prompts of 1 to 30."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: int) -> list[int]:
+        length = int(torch.randint(1, most, (), generator=generator))
+        return torch.randint(3, 64, (length,), generator=generator).tolist()
+
+    replies = torch.randint(2, 5, (number,), generator=generator).tolist()
+    return [query(draw(30), *(draw(12) for _ in range(n))) for n in replies]
+
+
+def tiny(**more: Any) -> LlamaForCausalLM:
+    """A random LLaMA of 64 tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **more)
+    return LlamaForCausalLM(config).eval()
+
+
+def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
+    """Summed log-probability of each reply, one unpadded forward pass a reply, transformers' own attention."""
+    model.set_attn_implementation("sdpa")
+    sums, prompt = [], example["prompt_ids"]
+    for response in example["response_ids"]:
+        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        sums.append(sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(response)))
+    return sums
+
+
+def test_pack_by_a_worked_example() -> None:
+    # The picture above `pack`: <s> P P P, replies "a a </s>" and "b b b </s>"; then <s> Q, "c </s>" and "d </s>".
+    batch = clha.pack([
+        query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0]),
+        query([1, 13], [40, 2], [50, 2], rewards=[2.0, 0.0]),
+    ])
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 20, 21, 2, 30, 31, 32, 2, 1, 13, 40, 2, 50, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 0, 1, 2, 3, 2, 3]]
+    assert batch["targets"].tolist() == [20, 21, 2, 30, 31, 32, 2, 40, 2, 50, 2]
+    assert batch["predict_at"].tolist() == [3, 4, 5, 3, 7, 8, 9, 12, 13, 12, 15]  # 3 and 12 end the prompts
+    assert batch["reply"].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3]
+    assert batch["lengths"].tolist() == [[3, 4], [2, 2]]
+    assert batch["last"].tolist() == [[6, 10], [14, 16]]
+    assert batch["rewards"].tolist() == [[1.0, -1.0], [2.0, 0.0]]
+    assert batch["masks"][1].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],  # <s>
+        [1, 1, 0, 0, 0, 0],  # Q
+        [1, 1, 1, 0, 0, 0],  # c
+        [1, 1, 1, 1, 0, 0],  # </s>
+        [1, 1, 0, 0, 1, 0],  # d sees the prompt, not c
+        [1, 1, 0, 0, 1, 1],  # </s>
+    ]
+
+
+def test_a_query_with_fewer_replies_leaves_its_places_empty() -> None:
+    batch = clha.pack([query([1], [2], [3], [4], rewards=[3, 2, 1]), query([1], [2], [3], rewards=[1, 0])])
+    assert batch["lengths"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["rewards"].isnan().tolist() == [[False] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
+def test_log_probs_are_those_of_a_plain_forward_pass(more: dict[str, Any]) -> None:
+    model, examples = tiny(**more), random_queries(5)
+    sum_logps, lengths = clha.sequence_logps(model, clha.pack(examples))
+    for b, example in enumerate(examples):
+        plain = plain_logps(model, example)
+        for i, response in enumerate(example["response_ids"]):
+            assert sum_logps[b, i].item() == pytest.approx(plain[i].item(), abs=1e-5 * len(response))
+            assert lengths[b, i] == len(response)
+
+
+def test_a_log_prob_does_not_depend_on_neighbours_or_other_replies() -> None:
+    model, examples = tiny(), random_queries(6)
+    together, _ = clha.sequence_logps(model, clha.pack(examples))
+    backwards, _ = clha.sequence_logps(model, clha.pack(examples[::-1]))
+    for b, example in enumerate(examples):
+        alone, _ = clha.sequence_logps(model, clha.pack([example]))
+        for i, response in enumerate(example["response_ids"]):
+            single, _ = clha.sequence_logps(model, clha.pack([query(example["prompt_ids"], response)]))
+            for other in (backwards[5 - b, i], alone[0, i], single[0, 0]):
+                assert together[b, i].item() == pytest.approx(other.item(), abs=1e-5)
+
+
+def gradients(model: LlamaForCausalLM, logps: Tensor) -> list[Tensor]:
+    """Gradients of a weighted sum of log-probs, so that each counts differently."""
+    return torch.autograd.grad((logps * torch.arange(1, len(logps) + 1)).sum(), list(model.parameters()))
+
+
+def test_gradients_are_those_of_the_plain_computation() -> None:
+    model, examples = tiny(), random_queries(4)
+    plain = gradients(model, torch.stack([logp for e in examples for logp in plain_logps(model, e)]))
+    sum_logps, lengths = clha.sequence_logps(model, clha.pack(examples))
+    for a, b in zip(gradients(model, sum_logps[lengths > 0]), plain, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    examples, results = random_queries(4), []
+    for checkpointing in (False, True):
+        model = tiny().train()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        sum_logps, lengths = clha.sequence_logps(model, clha.pack(examples))
+        results.append(gradients(model, sum_logps[lengths > 0]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_model_still_generates_after_a_pack() -> None:
+    model, ids = tiny(), torch.tensor([[2, 2, 1, 5, 6], [1, 7, 8, 9, 10]])
+    mask = (ids != 2).long()  # the first row is padded on the left
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    before = model.generate(ids, **settings)
+    clha.sequence_logps(model, clha.pack(random_queries(2)))
+    assert model.config._attn_implementation == "shared_prefix"
+    assert model.generate(ids, **settings).tolist() == before.tolist()
+
+
+def test_attention_that_packs_do_not_have_is_refused() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, sliding_window=2)
+    with pytest.raises(clha.InputError, match="sliding-window"):
+        clha.sequence_logps(MistralForCausalLM(config), clha.pack(random_queries(1)))
+
+
+def test_the_reference_log_probs_are_reproduced(shared: Any) -> None:
+    model = LlamaForCausalLM.from_pretrained(shared / "golden/tiny_llama", dtype=torch.float32)
+    examples = golden("logprobs.json")["examples"]
+    for with_eos in (False, True):
+        queries = []
+        for example in examples:
+            prompt = example["candidates"][0]["prompt_tokens"]
+            rows = [c["input_ids"][: c["n_text_tokens"]] + [2] * with_eos for c in example["candidates"]]
+            queries.append(query(rows[0][:prompt], *(row[prompt:] for row in rows)))
+        sum_logps, lengths = clha.sequence_logps(model, clha.pack(queries))
+        for b, example in enumerate(examples):
+            for i, candidate in enumerate(example["candidates"]):
+                values = candidate["own_float64"]
+                expected = values["sum_logp_without_eos"] + with_eos * values["logp_eos_after_last_token"]
+                n = lengths[b, i].item()
+                assert sum_logps[b, i].item() / n == pytest.approx(expected / n, abs=1e-4)
+
+
+def test_the_reference_token_ids_are_reproduced(shared: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "llama_tokenizer")
+    checked = 0
+    for example in golden("logprobs.json")["examples"]:
+        if example["prompt_tokens_before_cut"] > 384:
+            continue  # the release cuts text and encodes it again; here ids are cut
+        turns = [turn.split("|>", 1) for turn in example["prefix"][:-1]]
+        roles = {"<|prompter": "user", "<|assistant": "assistant"}
+        prompt = [{"role": roles[tag], "content": text} for tag, text in turns]
+        encoded = clha.encode({"prompt": prompt, "responses": example["suffix"]}, tokenizer)
+        for response_ids, candidate in zip(encoded["response_ids"], example["candidates"], strict=True):
+            text = (encoded["prompt_ids"] + response_ids)[: candidate["n_text_tokens"]]
+            assert text == candidate["input_ids"][: candidate["n_text_tokens"]]
+            checked += 1
+    assert checked >= 6
