@@ -251,7 +251,7 @@ def encode(
 
 def reward_matrix(examples: list[Example]) -> Tensor:
     """Rewards (B, l) of B queries: NaN where a query has fewer than l replies, 0 if it is not scored."""
-    rows = [torch.tensor(e["rewards"] or [0.0] * len(e["response_ids"])) for e in examples]
+    rows = [torch.tensor(e["rewards"] or [0] * len(e["response_ids"]), dtype=torch.float32) for e in examples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
@@ -518,7 +518,9 @@ def save_model(
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
         partial_path = path.with_name(path.name + ".partial")
-        plain.save_pretrained(partial_path, state_dict={name: w.to(dtype) for name, w in state.items()})
+        tied = plain.all_tied_weights_keys  # they stand in the file once, under their other name
+        weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
+        plain.save_pretrained(partial_path, state_dict=weights)
         tokenizer.save_pretrained(partial_path)
         shutil.rmtree(path, ignore_errors=True)  # of an earlier run that did not end
         partial_path.rename(path)
@@ -712,7 +714,7 @@ def parse_args(argv: list[str]) -> Config:
     parser.usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
     parser.error = refuse
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return Config(**vars(parser.parse_args(argv)))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

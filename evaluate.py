@@ -170,19 +170,34 @@ def evaluate_model(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     replies = generate(
-        model, tokenizer, prompts, progress=rank == 0, max_new_tokens=args.max_new_tokens,
-        max_prompt_length=args.max_prompt_length, batch_size=args.batch_size)
+        model,
+        tokenizer,
+        prompts,
+        progress=rank == 0,
+        max_new_tokens=args.max_new_tokens,
+        max_prompt_length=args.max_prompt_length,
+        batch_size=args.batch_size,
+    )
     del model  # a reward model may need the memory
     judge = reward.load_reward_model(args.reward_model, device)
     rewards = judge.score(prompts, replies)
     rows = [
-        {"id": record.get("id"), "subset": record.get("subset", "all"), "prompt": prompt, "response": reply,
-         "reference": reference, "char_bleu": bleu, "reward": 100 / (1 + math.exp(-value))}
+        {
+            "id": record.get("id"),
+            "subset": record.get("subset", "all"),
+            "prompt": prompt,
+            "response": reply,
+            "reference": reference,
+            "char_bleu": bleu,
+            "reward": 100 / (1 + math.exp(-value)),
+        }
         for record, prompt, reply, reference, bleu, value in zip(
-            mine, prompts, replies, references, char_bleu(replies, references), rewards, strict=True)
+            mine, prompts, replies, references, char_bleu(replies, references), rewards, strict=True
+        )
     ]
     if args.gold:
         import toy
+
         rows = [row | {"gold": toy.gold(row["prompt"], row["response"])} for row in rows]
 
     rows = reward.gather(rows, len(records), processes)
@@ -230,8 +245,9 @@ def main() -> None:
     parser.add_argument("--reward_model", help="reward model of the evaluation: a folder or a hub name")
     parser.add_argument("--out", help="folder for the replies, the scores and the table")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply (released: 128)")
-    parser.add_argument("--max_prompt_length", type=int, default=384,
-                        help="tokens of a prompt (released: 384)")
+    parser.add_argument(
+        "--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
     parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
     parser.add_argument("--plot", default="", help="picture of the reward of models step-N against N")

@@ -215,7 +215,8 @@ def make_toy(args: argparse.Namespace) -> None:
     if Path(args.out).exists():
         raise InputError(f"{args.out}: exists already; choose another --out")
     toy.write(
-        Path(args.out), args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries)
+        Path(args.out), args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries
+    )
     print(f"written to {args.out}: init/, an untrained model, and the records of")
     for path in sorted(Path(args.out).glob("*.jsonl")):
         print(f"  {path.name}: {sum(1 for _ in clha.read_jsonl(path)):,} queries")

@@ -110,8 +110,12 @@ def share_prefix(texts: list[list[int]]) -> clha.Example:
     """Texts as one query: its prompt is what all of them begin with, short of the last token of any."""
     columns = zip(*(ids[:-1] for ids in texts), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return {"prompt_ids": texts[0][:common], "response_ids": [ids[common:] for ids in texts],
-            "rewards": None, "chosen": 0}
+    return {
+        "prompt_ids": texts[0][:common],
+        "response_ids": [ids[common:] for ids in texts],
+        "rewards": None,
+        "chosen": 0,
+    }
 
 
 def chunks(
@@ -222,13 +226,15 @@ def summary(records: list[Record]) -> str:
     above = sum(max(record["rewards"]) > 0 for record in records) / len(records)
     agree = sum(record["rewards"][record.get("chosen", 0)] == max(record["rewards"]) for record in records)
     thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)
-    return "\n".join([
-        f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; the best reply is "
-        f"above 0 in {above:.1%} of them, and it is the chosen one in {agree / len(records):.1%}\n",
-        "| reward gap | " + " | ".join(f"> {t:g}" for t in thresholds) + " |",
-        "| --- |" + " --- |" * len(thresholds),
-        "| pairs | " + " | ".join(f"{(gaps > t).float().mean():.1%}" for t in thresholds) + " |",
-    ])
+    return "\n".join(
+        [
+            f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; the best reply is "
+            f"above 0 in {above:.1%} of them, and it is the chosen one in {agree / len(records):.1%}\n",
+            "| reward gap | " + " | ".join(f"> {t:g}" for t in thresholds) + " |",
+            "| --- |" + " --- |" * len(thresholds),
+            "| pairs | " + " | ".join(f"{(gaps > t).float().mean():.1%}" for t in thresholds) + " |",
+        ]
+    )
 
 
 def plot_gaps(records: list[Record], path: str) -> None:
@@ -237,8 +243,11 @@ def plot_gaps(records: list[Record], path: str) -> None:
     gaps, threshold = reward_gaps(records), clha.Config.min_reward_gap
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     axes.hist(gaps.numpy(), bins=60, color="tab:blue")
-    axes.axvline(threshold, color="tab:red", label=f"min_reward_gap {threshold:g}: "
-                 f"{(gaps > threshold).float().mean():.0%} of pairs kept")
+    axes.axvline(
+        threshold,
+        color="tab:red",
+        label=f"min_reward_gap {threshold:g}: {(gaps > threshold).float().mean():.0%} of pairs kept",
+    )
     axes.set(xlabel="reward gap of a pair", ylabel="pairs", xlim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -252,6 +261,7 @@ def import_pyplot() -> Any:
         raise InputError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     return pyplot
 
 
@@ -337,8 +347,10 @@ def train(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(partial_path)
     (partial_path / "training.json").write_text(json.dumps(report | vars(args), indent=2, default=str) + "\n")
     partial_path.rename(args.out)
-    print(f"accuracy {right / pairs:.3f} on {pairs} held-out pairs, mean reward {mean:.3f} (in units of its "
-          f"standard deviation, {scale:.3f} before); saved in {args.out}")
+    print(
+        f"accuracy {right / pairs:.3f} on {pairs} held-out pairs, mean reward {mean:.3f} (in units of its "
+        f"standard deviation, {scale:.3f} before); saved in {args.out}"
+    )
 
 
 def labels(queries: list[clha.Example], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ tiny() {
     [[ $scale =~ ^[1-9][0-9]*$ ]] || die "SCALE=$scale: must be a percentage of the steps"
     local data=$out/data base=$out/base/final
     local small=(--batch_size 64 --pack_tokens 4096 --no_activation_checkpointing)
-    local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen --alpha 1 --sft_reduction mean)
+    local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen)
     local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096 --epochs "$(printf '%d.%02d' $((scale / 100)) $((scale % 100)))")
     stage "$data" "$PYTHON" prepare_data.py toy --out "$data"
     stage "$base" "$PYTHON" clha.py --model "$data/init" --train_data "$data/pretrain.jsonl" \

@@ -30,8 +30,14 @@ def config(name: str, **more: Any) -> LlamaConfig:
     """A small LLaMA with heads of 64 dimensions."""
     hidden, layers, intermediate = MODELS[name]
     return LlamaConfig(
-        vocab_size=32000, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-        num_attention_heads=hidden // 64, max_position_embeddings=1024, **more)
+        vocab_size=32000,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=1024,
+        **more,
+    )
 
 
 def queries(number: int, seed: int) -> list[dict[str, Any]]:
@@ -39,7 +45,11 @@ def queries(number: int, seed: int) -> list[dict[str, Any]]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(3, 32000, (n,), generator=generator).tolist()  # noqa: E731
     return [
-        {"prompt_ids": draw(prompt), "response_ids": [draw(n) for n in replies], "chosen": 0,
-         "rewards": sorted((rng.gauss(0, 1) for _ in replies), reverse=True)}
+        {
+            "prompt_ids": draw(prompt),
+            "response_ids": [draw(n) for n in replies],
+            "chosen": 0,
+            "rewards": sorted((rng.gauss(0, 1) for _ in replies), reverse=True),
+        }
         for prompt, *replies in (rng.choice(HH_LENGTHS) for _ in range(number))
     ]

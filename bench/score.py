@@ -24,7 +24,9 @@ import reward
 
 
 @torch.inference_mode()
-def padded(model: LlamaForSequenceClassification, queries: list[clha.Example], rows_a_batch: int) -> list[float]:
+def padded(
+    model: LlamaForSequenceClassification, queries: list[clha.Example], rows_a_batch: int
+) -> list[float]:
     """Scores of all replies, padded batches in file order."""
     model.set_attn_implementation("sdpa")
     rows = [query["prompt_ids"] + ids for query in queries for ids in query["response_ids"]]
@@ -73,8 +75,14 @@ def main() -> None:
             difference = max(difference, *(abs(a - b) for a, b in zip(*scores, strict=True)))
             if seed >= 0:  # the first round warms up
                 ratios.append(seconds[0] / seconds[1])
-        row = {"model": name, "parameters": model.num_parameters(), "queries": args.queries, "rounds": len(ratios),
-               "padded_over_packed": round(statistics.median(ratios), 3), "largest_difference": difference}
+        row = {
+            "model": name,
+            "parameters": model.num_parameters(),
+            "queries": args.queries,
+            "rounds": len(ratios),
+            "padded_over_packed": round(statistics.median(ratios), 3),
+            "largest_difference": difference,
+        }
         rows.append(row)
         print(f"| {name} | {args.queries} | {row['padded_over_packed']} | {difference:.1e} |", flush=True)
     print(json.dumps(rows))

@@ -43,7 +43,8 @@ def padded_rows(examples: list[clha.Example], width: int) -> tuple[Tensor, Tenso
     """Prompt + reply of all candidates, candidate by candidate: ids, attention mask, reply mask (l B, T)."""
     texts = [
         (e["prompt_ids"] + e["response_ids"][i], len(e["prompt_ids"]))
-        for i in range(len(examples[0]["response_ids"])) for e in examples
+        for i in range(len(examples[0]["response_ids"]))
+        for e in examples
     ]
     ids = torch.tensor([ids + [2] * (width - len(ids)) for ids, _ in texts])
     position = torch.arange(width)
@@ -95,7 +96,10 @@ def floor(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {
-    "padded": padded, "concatenated": concatenated, "ours": ours, "floor": floor,
+    "padded": padded,
+    "concatenated": concatenated,
+    "ours": ours,
+    "floor": floor,
 }
 
 
@@ -148,9 +152,14 @@ def measure(name: str, number: int, steps: int) -> dict[str, Any]:
         return round(statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
 
     return {
-        "model": name, "parameters": model.num_parameters(), "queries": number, "steps": steps,
-        "padded_over_ours": ratio("padded", "ours"), "concatenated_over_ours": ratio("concatenated", "ours"),
-        "ours_over_floor": ratio("ours", "floor"), "peak_memory_gib": memory,
+        "model": name,
+        "parameters": model.num_parameters(),
+        "queries": number,
+        "steps": steps,
+        "padded_over_ours": ratio("padded", "ours"),
+        "concatenated_over_ours": ratio("concatenated", "ours"),
+        "ours_over_floor": ratio("ours", "floor"),
+        "peak_memory_gib": memory,
     }
 
 
@@ -163,15 +172,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="paired steps")
     args = parser.parse_args()
     rows = []
-    print("| model | queries | padded / ours | concatenated / ours | ours / floor | peak GiB (in this order) |")
+    print(
+        "| model | queries | padded / ours | concatenated / ours | ours / floor | peak GiB (in this order) |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name in args.models:
         for number in args.queries:
             row = measure(name, number, args.steps)
             rows.append(row)
             memory = ", ".join(f"{value:.2f}" for value in row["peak_memory_gib"].values())
-            print(f"| {name} | {number} | {row['padded_over_ours']} | {row['concatenated_over_ours']} | "
-                  f"{row['ours_over_floor']} | {memory} |", flush=True)
+            print(
+                f"| {name} | {number} | {row['padded_over_ours']} | {row['concatenated_over_ours']} | "
+                f"{row['ours_over_floor']} | {memory} |",
+                flush=True,
+            )
     print(json.dumps(rows))
 
 

@@ -32,7 +32,13 @@ def tiny(**more: Any) -> LlamaForCausalLM:
     """A random LLaMA of 64 tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **more)
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **more,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -48,10 +54,12 @@ def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
 
 def test_pack_by_a_worked_example() -> None:
     # The picture above `pack`: <s> P P P, replies "a a </s>" and "b b b </s>"; then <s> Q, "c </s>" and "d </s>".
-    batch = clha.pack([
-        query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0]),
-        query([1, 13], [40, 2], [50, 2], rewards=[2.0, 0.0]),
-    ])
+    batch = clha.pack(
+        [
+            query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0]),
+            query([1, 13], [40, 2], [50, 2], rewards=[2.0, 0.0]),
+        ]
+    )
     assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 20, 21, 2, 30, 31, 32, 2, 1, 13, 40, 2, 50, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 0, 1, 2, 3, 2, 3]]
     assert batch["targets"].tolist() == [20, 21, 2, 30, 31, 32, 2, 40, 2, 50, 2]
@@ -138,8 +146,14 @@ def test_attention_that_packs_do_not_have_is_refused() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, sliding_window=2)
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=2,
+    )
     with pytest.raises(clha.InputError, match="sliding-window"):
         clha.sequence_logps(MistralForCausalLM(config), clha.pack(random_queries(1)))
 

@@ -51,7 +51,9 @@ def test_pairwise_margin_loss_by_hand() -> None:
     loss = clha.pairwise_margin_loss(torch.tensor([[-1.0, -2.0, -1.5]]), keep, 0.3)
     assert loss.tolist() == pytest.approx([0.9])
     keep[0, 1, 2] = False
-    assert clha.pairwise_margin_loss(torch.tensor([[-1.0, -2.0, -1.5]]), keep, 0.3).tolist() == pytest.approx([0.1])
+    assert clha.pairwise_margin_loss(torch.tensor([[-1.0, -2.0, -1.5]]), keep, 0.3).tolist() == pytest.approx(
+        [0.1]
+    )
 
 
 def test_the_better_reply_is_pushed_up_and_the_worse_one_down() -> None:
@@ -123,10 +125,14 @@ def test_metrics_by_hand() -> None:
 @pytest.mark.parametrize("reduction", ["query", "release"])
 def test_a_query_with_fewer_replies_has_the_loss_it_has_alone(reduction: str) -> None:
     avg_logps, sum_logps, rewards = two_queries()
-    alone = clha.clha_loss(avg_logps[1:, :2], sum_logps[1:, :2], rewards[1:, :2], **RECIPE, reduction=reduction)
+    alone = clha.clha_loss(
+        avg_logps[1:, :2], sum_logps[1:, :2], rewards[1:, :2], **RECIPE, reduction=reduction
+    )
     padded = clha.clha_loss(avg_logps[1:], sum_logps[1:], rewards[1:], **RECIPE, reduction=reduction)
     assert padded[0].item() == pytest.approx(alone[0].item())
-    assert {k: v.item() for k, v in padded[1].items()} == pytest.approx({k: v.item() for k, v in alone[1].items()})
+    assert {k: v.item() for k, v in padded[1].items()} == pytest.approx(
+        {k: v.item() for k, v in alone[1].items()}
+    )
 
 
 @pytest.mark.parametrize("reduction", ["query", "release"])
@@ -153,12 +159,19 @@ def test_the_released_losses_are_reproduced() -> None:
     assert len(cases) == 62
     for case in cases:
         avg_logps, sum_logps, rewards = (
-            torch.tensor(case[name], dtype=torch.float64) for name in ("mean_logp", "sum_logp", "rewards"))
+            torch.tensor(case[name], dtype=torch.float64) for name in ("mean_logp", "sum_logp", "rewards")
+        )
         avg_logps.requires_grad_()
         loss, metrics = clha.clha_loss(
-            avg_logps, sum_logps, rewards, margin=case["margin"], min_reward_gap=case["gap_threshold"],
-            alpha=case["sft_weight"] * (case["l"] - 1) ** 2, reduction="release",
-            target=torch.tensor(case["sft_index"]))
+            avg_logps,
+            sum_logps,
+            rewards,
+            margin=case["margin"],
+            min_reward_gap=case["gap_threshold"],
+            alpha=case["sft_weight"] * (case["l"] - 1) ** 2,
+            reduction="release",
+            target=torch.tensor(case["sft_index"]),
+        )
         released = case["release"]["clha"]
         assert loss.item() == pytest.approx(released["total"], abs=1e-6), case["label"]
         assert metrics["loss/rank"].item() == pytest.approx(released["rank_loss"], abs=1e-6), case["label"]

@@ -80,15 +80,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_dialogue_is_rendered_as_in_hh() -> None:
     prompt = [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Why?"}]
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?"},
+    ]
     assert clha.render(prompt) == "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
     ("ids", "bos", "cut"),
-    [([1, 5, 6, 7, 8], 1, [1, 7, 8]), ([5, 6, 7, 8], 1, [6, 7, 8]), ([1, 5, 6], 1, [1, 5, 6]), ([5, 6, 7, 8], None, [6, 7, 8])],
+    [
+        ([1, 5, 6, 7, 8], 1, [1, 7, 8]),
+        ([5, 6, 7, 8], 1, [6, 7, 8]),
+        ([1, 5, 6], 1, [1, 5, 6]),
+        ([5, 6, 7, 8], None, [6, 7, 8]),
+    ],
 )
-def test_a_prompt_is_cut_from_the_left_and_keeps_its_bos(ids: list[int], bos: int | None, cut: list[int]) -> None:
+def test_a_prompt_is_cut_from_the_left_and_keeps_its_bos(
+    ids: list[int], bos: int | None, cut: list[int]
+) -> None:
     assert clha.cut_prompt(ids, 3, bos) == cut
 
 
@@ -125,7 +135,10 @@ def test_replies_are_ordered_by_reward_and_ties_stay_in_order(model_and_tokenize
 
 def test_a_tokenizer_that_merges_over_the_start_of_a_reply_is_refused() -> None:
     characters = sorted(set(clha.render(GOOD["prompt"]) + " So.No"))
-    vocabulary = {c: i for i, c in enumerate(characters)} | {": ": 90, "</s>": 91}  # ":" and the blank are merged
+    vocabulary = {c: i for i, c in enumerate(characters)} | {
+        ": ": 90,
+        "</s>": 91,
+    }  # ":" and the blank are merged
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
     with pytest.raises(clha.InputError, match="record 7: the tokenizer merges"):

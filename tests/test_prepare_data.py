@@ -1,0 +1,190 @@
+"""Data preparation: nothing of a dialogue is lost, what is left out is counted, dev queries are never tested on."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import golden
+
+import clha
+import prepare_data
+
+
+def hh_text(*turns: str) -> str:
+    """HH text of alternating turns, the human's first."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def bare(text: str) -> str:
+    """A text without turn headers and white space: what must not be lost."""
+    return re.sub(r"\s+", "", re.sub(r"(?:\n\n|\A\s*)(?:Human|Assistant):", "", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        (hh_text("Hi", "Hello"), [("user", "Hi"), ("assistant", "Hello")]),
+        (
+            hh_text("Hi", "One.\n\nTwo.\n\n\nThree."),
+            [("user", "Hi"), ("assistant", "One.\n\nTwo.\n\n\nThree.")],
+        ),
+        ("\n\nHuman: a\nHuman: b\n\nAssistant: c", [("user", "a\nHuman: b"), ("assistant", "c")]),
+        ("Human: Hi\n\nAssistant:", [("user", "Hi"), ("assistant", "")]),
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
+            [("user", "a"), ("assistant", "b"), ("assistant", "c")],
+        ),
+        (
+            hh_text("Say Human: or Assistant:", "No"),
+            [("user", "Say Human: or Assistant:"), ("assistant", "No")],
+        ),
+    ],
+)
+def test_a_dialogue_is_split_where_a_turn_begins_and_nowhere_else(
+    text: str, turns: list[tuple[str, str]]
+) -> None:
+    assert [(turn["role"], turn["content"]) for turn in prepare_data.split_dialogue(text)] == turns
+
+
+@pytest.mark.parametrize("text", ["", "Hello", "Once\n\nHuman: Hi"])
+def test_a_text_that_begins_with_no_turn_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="does not begin"):
+        prepare_data.split_dialogue(text)
+
+
+def test_nothing_of_the_real_dialogues_is_lost(shared: Path) -> None:
+    lines = 0
+    for _, row in clha.read_jsonl(shared / "hh/raw/harmless-base/test.jsonl.gz"):
+        for text in (row["chosen"], row["rejected"]):
+            contents = "".join(turn["content"] for turn in prepare_data.split_dialogue(text))
+            assert re.sub(r"\s+", "", contents) == bare(text)
+            lines += 1
+    assert lines == 2 * 2312
+
+
+def test_the_lines_that_the_released_parser_cuts_stay_whole() -> None:
+    cut = 0
+    for item in golden("parse.json")["items"]:
+        for name in ("chosen", "rejected"):
+            text = item["raw"][name]
+            released = "".join(content for _, content in item[f"split_{name}"])
+            ours = "".join(turn["content"] for turn in prepare_data.split_dialogue(text))
+            assert re.sub(r"\s+", "", ours) == bare(text)
+            cut += len(re.sub(r"\s+", "", released)) < len(bare(text))
+    assert cut > 0  # the reference items do have some that lose text there
+
+
+def test_raw_rows_become_records_or_a_reason() -> None:
+    parse = prepare_data.hh_record
+    record = parse({"chosen": hh_text("Q", "A", "R", "good"), "rejected": hh_text("Q", "A", "R", "bad")})
+    assert record == {
+        "prompt": [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "R"},
+        ],
+        "responses": ["good", "bad"],
+        "chosen": 0,
+    }
+    assert "different" in parse({"chosen": hh_text("Q", "A"), "rejected": hh_text("P", "A")})
+    assert "last turn" in parse({"chosen": hh_text("Q", "A", "R"), "rejected": hh_text("Q", "A")})
+    assert "begin" in parse({"chosen": "Q", "rejected": hh_text("Q", "A")})
+
+
+def make_raw(folder: Path, name: str, rows: int, broken: int = 0) -> None:
+    """A raw HH file of `rows` pairs, `broken` of which have an empty reply."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+        for i in range(rows):
+            reply = "" if i < broken else f"reply {i}"
+            pair = {"chosen": hh_text(f"{name} {i}", reply), "rejected": hh_text(f"{name} {i}", "other")}
+            file.write(json.dumps(pair) + "\n")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: Any) -> str:
+    """What prepare_data.py prints."""
+    monkeypatch.setattr("sys.argv", ["prepare_data.py", *map(str, arguments)])
+    prepare_data.main()
+    return capsys.readouterr().out
+
+
+def test_raw_files_become_three_sets_that_share_no_query(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_raw(tmp_path, "helpful-base/train", 20, broken=3)
+    make_raw(tmp_path, "helpful-base/test", 12)
+    make_raw(tmp_path, "harmless-base/test", 9, broken=1)
+    printed = run(
+        monkeypatch, capsys, "hh", "--source", tmp_path, "--out", tmp_path / "data", "--dev_items", 5
+    )
+    sets = {
+        split: clha.read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")
+    }
+    assert {split: len(records) for split, records in sets.items()} == {"train": 17, "dev": 5, "test": 15}
+    prompts = Counter(json.dumps(record["prompt"]) for record in sets["dev"] + sets["test"])
+    assert len(prompts) == 20 and set(prompts.values()) == {1}
+    assert "41 queries read, 4 of them left out\n  4: an empty reply" in printed
+    counts = Counter(record["subset"] for record in sets["test"])
+    dev = Counter(record["subset"] for record in sets["dev"])
+    assert (
+        f"| helpful-base | 17 | {dev['helpful-base']} | {counts['helpful-base']} | 43,835 | 2,354 |"
+        in printed
+    )
+    assert "not found:" in printed and "helpful-online" in printed
+    again = run(
+        monkeypatch, capsys, "hh", "--source", tmp_path, "--out", tmp_path / "again", "--dev_items", 5
+    )
+    assert again == printed
+    assert (tmp_path / "again/dev.jsonl").read_bytes() == (tmp_path / "data/dev.jsonl").read_bytes()
+
+
+def release_row(prompt: str, rewards: list[float], subset: str = "helpful-base") -> dict[str, Any]:
+    """A row of the authors' files, with a reply for each reward."""
+    prefix = ["<|prompter|>Hi", "<|assistant|>Hello", f"<|prompter|>{prompt}", "<|assistant|>"]
+    return {
+        "prefix": [prefix] * len(rewards),
+        "suffix": [f"reply {i} to {prompt}" for i in range(len(rewards))],
+        "reward": rewards,
+        "sft_index": 0,
+        "meta": {"path": f"../raw_data/{subset}/dev.jsonl"},
+    }
+
+
+def test_the_authors_files_keep_their_rewards_and_dev_leaves_the_test_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = [release_row(f"q{i}", [1.5, -0.5]) for i in range(6)]
+    files = {
+        "hh_train_len3/train.json": [release_row("t", [2.0, 1.0, -1.0], "helpful-online")],
+        "hh_dev/sampled_dev.json": [test[2], test[4], release_row("elsewhere", [0.5, 0.25])],
+        "hh_test/helpful_base.json": test,
+    }
+    for name, rows in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = run(monkeypatch, capsys, "release", "--source", tmp_path, "--out", tmp_path / "data")
+    sets = {
+        split: clha.read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")
+    }
+    assert {split: len(records) for split, records in sets.items()} == {"train": 1, "dev": 3, "test": 4}
+    assert "3 dev queries, which took 2 out of the test set" in printed and "10 queries read, 0" in printed
+    assert sets["train"][0]["rewards"] == [2.0, 1.0, -1.0] and sets["train"][0]["subset"] == "helpful-online"
+    assert [turn["content"] for turn in sets["dev"][0]["prompt"]] == ["Hi", "Hello", "q2"]
+    assert sets["dev"][0]["responses"] == ["reply 0 to q2", "reply 1 to q2"]
+
+
+def test_the_real_files_of_the_authors_are_read(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run(monkeypatch, capsys, "release", "--source", shared / "hh/release_format", "--out", tmp_path)
+    assert "4,946 queries read, 9 of them left out\n  9: an empty reply" in printed
+    dev, test = (
+        clha.read_records(tmp_path / f"{split}.jsonl", need=["rewards"]) for split in ("dev", "test")
+    )
+    assert len(dev) == 279 and not {*map(prepare_data.same_query, dev)} & {
+        *map(prepare_data.same_query, test)
+    }
