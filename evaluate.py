@@ -216,11 +216,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "scores.json").read_text())
 
 
+def step_of(name: str) -> int:
+    """The N of a name like step-N; a name without a number stands for the start, step 0."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
 def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
     """Draws the total reward (and gold reward) of the models named step-N against N, as a picture file."""
     pyplot = reward.import_pyplot()
     names = [name for name in ("reward", "gold") if name in next(iter(summaries.values()))["Total"]]
-    points = sorted((int(name.rpartition("-")[2]), summary["Total"]) for name, summary in summaries.items())
+    points = sorted((step_of(name), summary["Total"]) for name, summary in summaries.items())
     size = (5 * len(names), 3.5)
     figure, all_axes = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, axes in zip(names, all_axes[0], strict=True):

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 import clha
+import reward
 from clha import InputError, Record
 
 TABLE_1 = {  # (training, test) queries of each subset in the paper
@@ -206,6 +207,9 @@ def prepare(args: argparse.Namespace) -> None:
         if records:
             clha.write_jsonl(Path(args.out) / f"{split}.jsonl", records)
     print(report(splits, read, dropped, removed))
+    for split, records in splits.items():
+        if records and "rewards" in records[0]:
+            print(f"\n{split}: {reward.summary(records)}")
 
 
 def make_toy(args: argparse.Namespace) -> None:

@@ -228,7 +228,7 @@ def summary(records: list[Record]) -> str:
     thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)
     return "\n".join(
         [
-            f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; the best reply is "
+            f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; the best is "
             f"above 0 in {above:.1%} of them, and it is the chosen one in {agree / len(records):.1%}\n",
             "| reward gap | " + " | ".join(f"> {t:g}" for t in thresholds) + " |",
             "| --- |" + " --- |" * len(thresholds),

@@ -74,7 +74,7 @@ tiny() {
         stage "$out/eval/$name/scores.json" "$PYTHON" evaluate.py --model "$out/$name/final" \
             --data "$data/test.jsonl" --reward_model "$out/rm_eval" --out "$out/eval/$name" --gold
     done
-    stage "$out/reward.png" "$PYTHON" evaluate.py --model "$out"/clha/step-* --data "$data/dev.jsonl" \
+    stage "$out/reward.png" "$PYTHON" evaluate.py --model "$base" "$out"/clha/step-* --data "$data/dev.jsonl" \
         --reward_model "$out/rm_eval" --out "$out/eval/steps" --gold --plot "$out/reward.png"
     "$PYTHON" evaluate.py table --total "$out"/eval/{base,sft,clha} | tee "$out/table.md"
     echo "$((SECONDS - started)) s; the table is in $out/table.md, the pictures are $out/reward.png and $out/gaps.png"

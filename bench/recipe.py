@@ -1,11 +1,11 @@
-"""How the default recipe was chosen: gold reward on the toy world for margins, reward gaps and SFT reductions.
+"""How the default recipe was chosen: gold reward on the toy world for margins, reward gaps, SFT reductions.
 
     python bench/recipe.py --seeds 3 --out out/recipe
 
-Every seed has its own data, base model and reward model, which all settings share; one setting is changed at a
-time from clha.py's default, and the release's recipe is a setting too. A run that is finished is not run again.
-Prints mean gold reward of greedy replies to the test prompts, its standard deviation over seeds, and the mean paired
-difference from the default with its standard error.
+Every seed has its own data, base model and reward model, which all settings share. One setting at a time is
+changed from clha.py's default; the release's recipe and the paper's ablations are settings too. A run that is
+finished is not run again. Prints the mean gold reward of greedy replies to the test prompts, its standard
+deviation over seeds, and the mean paired difference from the default with its standard error.
 """
 
 import argparse
@@ -37,14 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w/o contrast": {"contrast": False},
 }
 SMALL = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": False}
-SFT = {
-    "contrast": False,
-    "rescore": False,
-    "ranking": "given",
-    "sft_target": "chosen",
-    "alpha": 1.0,
-    "sft_reduction": "mean",
-}
+SFT = {"contrast": False, "rescore": False, "ranking": "given", "sft_target": "chosen"}
 
 
 def train(model: Path, data: Path, out: Path, **settings: Any) -> Path:
@@ -126,9 +119,8 @@ def main() -> None:
         paired = [a - b for a, b in zip(values, results["default"], strict=True)]
         error = statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        print(
-            f"| {name} | {statistics.mean(values):.2f} | {spread:.2f} | {statistics.mean(paired):+.2f} +- {error:.2f} |"
-        )
+        difference = f"{statistics.mean(paired):+.2f} +- {error:.2f}"
+        print(f"| {name} | {statistics.mean(values):.2f} | {spread:.2f} | {difference} |")
 
 
 if __name__ == "__main__":

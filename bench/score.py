@@ -2,8 +2,8 @@
 
     python bench/score.py --models 24M --queries 64 --rounds 5
 
-The padded way runs the classifier over a row for each reply, 16 rows a batch, in the order of the file. Medians
-of ratios of paired rounds, and the largest difference of a score. The last line is JSON.
+The padded way runs the classifier over a row for each reply, 16 rows a batch, in the file's order. Prints
+medians of ratios of paired rounds, and the largest difference of a score. The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the tests share: the toy world in small, a tiny model of it, and the reference files where they are."""
+"""What the tests share: the toy world in small, a tiny model of it, and reference values where they are."""
 
 import json
 import os

@@ -29,8 +29,8 @@ def test_char_bleu_by_hand() -> None:
     # triples "the", "he " 2 of 5; quadruples "the " 1 of 4. Both are 7 long: no brevity penalty.
     (value,) = evaluate.char_bleu([" the cat\n"], ["the bat"])
     assert value == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25)
-    # A hypothesis of 4 characters against a reference of 7 that begins with it: all right, and exp(1 - 7 / 4).
-    assert evaluate.char_bleu(["the "[:3] + " b"], ["the bat"])[0] == pytest.approx(100 * math.exp(1 - 7 / 5))
+    # "the b" is how the reference begins: all n-grams are right; it is 5 long, not 7: exp(1 - 7 / 5).
+    assert evaluate.char_bleu(["the b"], ["the bat"])[0] == pytest.approx(100 * math.exp(1 - 7 / 5))
 
 
 def test_word_bleu_counts_words_over_all_sentences() -> None:
@@ -87,7 +87,8 @@ def test_the_table_shows_means_and_intervals() -> None:
     assert table[0] == "| model | subset | n | char BLEU | word BLEU | reward | gold |"
     words = evaluate.word_bleu(["so it is"], ["so it is"])
     assert table[2] == (
-        f"| clha | a | 1 | 20.00 (20.00 to 20.00) | {words:.2f} | 40.00 (40.00 to 40.00) | 2.00 (2.00 to 2.00) |"
+        f"| clha | a | 1 | 20.00 (20.00 to 20.00) | {words:.2f} "
+        "| 40.00 (40.00 to 40.00) | 2.00 (2.00 to 2.00) |"
     )
 
 

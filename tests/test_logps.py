@@ -43,7 +43,7 @@ def tiny(**more: Any) -> LlamaForCausalLM:
 
 
 def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
-    """Summed log-probability of each reply, one unpadded forward pass a reply, transformers' own attention."""
+    """Summed log-probability of each reply, a plain forward pass a reply, with transformers' attention."""
     model.set_attn_implementation("sdpa")
     sums, prompt = [], example["prompt_ids"]
     for response in example["response_ids"]:
@@ -53,7 +53,7 @@ def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
 
 
 def test_pack_by_a_worked_example() -> None:
-    # The picture above `pack`: <s> P P P, replies "a a </s>" and "b b b </s>"; then <s> Q, "c </s>" and "d </s>".
+    # The picture in clha.py: <s> P P P with "a a </s>" and "b b b </s>"; <s> Q with "c </s>" and "d </s>".
     batch = clha.pack(
         [
             query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0]),

@@ -80,7 +80,7 @@ def two_queries() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_clha_loss_by_hand_as_a_mean_over_queries() -> None:
     # All pairs are kept (gaps 2, 4, 2 and 1.5 > 1), with margin 0.5:
-    #   query 1: (1,2) max(0, -1 + .5) = 0    (1,3) max(0, -.5 + 1) = .5    (2,3) max(0, .5 + .5) = 1    -> 1.5
+    #   query 1: (1,2) max(0, -1 + .5) = 0    (1,3) max(0, -.5 + 1) = .5    (2,3) max(0, .5 + .5) = 1: 1.5
     #   query 2: (1,2) max(0, .2 + .5) = .7
     # rank = (1.5 + 0.7) / 2 = 1.1; SFT = (10 + 10) / 2 = 10; total = 1.1 + 0.1 x 10 = 2.1
     loss, metrics = clha.clha_loss(*two_queries(), **RECIPE)

@@ -1,4 +1,4 @@
-"""Data preparation: nothing of a dialogue is lost, what is left out is counted, dev queries are never tested on."""
+"""Nothing of a dialogue is lost, what is left out is counted, and no dev query is in the test set."""
 
 import gzip
 import json

@@ -202,7 +202,7 @@ def test_a_run_learns_logs_and_saves(world: Path, data: Path, tmp_path: Path, ca
 
 
 def test_the_saved_folder_is_the_trained_model(world: Path, data: Path, tmp_path: Path) -> None:
-    # The toy model ties its embeddings: they are to stay one weight, and all folders to load without complaint.
+    # The toy model ties its embeddings: they are to stay one weight, and to load without complaint.
     clha.train(config(world, data, tmp_path / "run", learning_rate=1e-3))
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
