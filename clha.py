@@ -29,10 +29,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -80,8 +80,8 @@ class Config:
         "reward", "order replies by reward (Section 3.2), or trust the file, as the released loss does")
     sft_target: Literal["best", "chosen"] = option(
         "best", "imitate the first of the ranking (release), or the human choice (Section 2.3)")
-    rescore: bool = option(True, "let every pair and every query train: Table 3, w/o Rescore")
-    contrast: bool = option(True, "train on the SFT term alone: Table 3, w/o L_clha")
+    rescore: bool = option(True, "every pair and every query trains: Table 3, w/o Rescore")
+    contrast: bool = option(True, "only the SFT term trains: Table 3, w/o L_clha")
     # Tokens
     max_length: int = option(512, "tokens of a prompt and a reply together (train_hh.sh)")
     max_prompt_length: int = option(384, "tokens of a prompt; the rest is cut from its left (train_hh.sh)")
@@ -96,7 +96,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on a GPU")
-    activation_checkpointing: bool = option(True, "keep all activations: faster, more memory")
+    activation_checkpointing: bool = option(True, "all activations are kept: faster, more memory")
     seed: int = option(42, "of the data order, which does not depend on the number of processes")
     # Watching
     eval_every: int = option(100, "steps between two evaluations of --dev_data")
@@ -639,6 +639,8 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config.train_data, tokenizer, config)
     dev_examples = load_examples(config.dev_data, tokenizer, config) if config.dev_data else []
+    if not 1 < config.max_prompt_length < config.max_length:
+        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be 2 to --max_length - 1")
     if not 1 <= config.batch_size <= len(examples):
         raise InputError(f"--batch_size {config.batch_size}: must be 1 to {len(examples)} (queries)")
     order = data_order(len(examples), config)
@@ -710,15 +712,29 @@ def open_log(output: Path, config: Config) -> Callable[[int, dict[str, float]], 
 
 def parse_args(argv: list[str]) -> Config:
     """Flags to a Config; a recipe sets defaults, and a flag that is given wins over it."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
+    usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=HelpFormatter)
     parser.error = refuse
+    for entry in fields(Config):
+        value = {"required": True} if entry.default is MISSING else {"default": entry.default}
+        if entry.type is bool:  # all are on unless switched off
+            parser.add_argument(f"--no_{entry.name}", action="store_false", dest=entry.name, **entry.metadata)
+        elif get_origin(entry.type) is Literal:
+            parser.add_argument(f"--{entry.name}", choices=get_args(entry.type), **value, **entry.metadata)
+        else:
+            kind = next(iter(get_args(entry.type)), entry.type)  # float of float | None
+            text = {"type": kind, "metavar": kind.__name__.upper(), **entry.metadata}
+            parser.add_argument(f"--{entry.name}", **value, **text)
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     return Config(**vars(parser.parse_args(argv)))
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a description as it is written, and the defaults of the flags."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a description as it is written, and the defaults of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        none = isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS)
+        return action.help + ("" if none else f" (default: {action.default})")
 
 
 def refuse(message: str) -> NoReturn:

@@ -13,6 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
     parser.error = clha.refuse
     commands = parser.add_subparsers(dest="command", required=True)
-    hh = commands.add_parser("hh", help="HH-RLHF", formatter_class=clha.HelpFormatter)
-    release = commands.add_parser("release", help="the authors' data.zip", formatter_class=clha.HelpFormatter)
-    toy_world = commands.add_parser("toy", help="the toy world", formatter_class=clha.HelpFormatter)
+    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter, description=__doc__)
+    hh = add_command("hh", help="HH-RLHF")
+    release = add_command("release", help="the authors' data.zip")
+    toy_world = add_command("toy", help="the toy world")
     for command in (hh, release, toy_world):
         command.error = clha.refuse
         command.set_defaults(run=prepare)

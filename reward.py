@@ -384,7 +384,7 @@ def main() -> None:
     """Parses the command line and runs `score` or `train`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter)
+    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter, description=__doc__)
     scoring = add_command("score", help='add "rewards" to records')
     training = add_command("train", help="train a reward model with Eq. 1")
     for command in (scoring, training):
