@@ -128,5 +128,5 @@ case ${1:-full} in
     tiny) tiny ;;
     test) tests ;;
     full) full ;;
-    *) die "$1: no such command; there are setup, tiny, test, and none for the full reproduction" ;;
+    *) die "$1: no such command; there are setup, tiny, test, and none for all" ;;
 esac

@@ -1,0 +1,105 @@
+"""`bash run.sh tiny` as a user runs it, with fewer steps: the numbers that it ends with, and that it goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def run_tiny(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs it into a folder with this Python, at 60 percent of the steps."""
+    settings = {
+        "OUT": str(out),
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "SCALE": "60",
+        "PYTHON": sys.executable,
+        **variables,
+    }
+    return subprocess.run(
+        ["bash", "run.sh", "tiny"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, whose last lines are its printed table."""
+    folder = tmp_path_factory.mktemp("tiny") / "out"
+    result = run_tiny(folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (folder / "table.md").read_text() in result.stdout
+    return folder
+
+
+def test_clha_beats_sft_and_the_base_model_by_the_true_reward(out: Path) -> None:
+    scores = {
+        name: json.loads((out / f"eval/{name}/scores.json").read_text()) for name in ("base", "sft", "clha")
+    }
+    gold = {name: score["Total"]["gold"] for name, score in scores.items()}
+    assert gold["clha"]["interval"][0] > max(gold["base"]["interval"][1], gold["sft"]["interval"][1])
+    assert gold["clha"]["mean"] > 0.5  # most replies are good ones
+    rewards = {name: score["Total"]["reward"]["mean"] for name, score in scores.items()}
+    assert rewards["clha"] > rewards["sft"] and rewards["clha"] > rewards["base"] + 5
+    assert scores["clha"]["Total"]["n"] == 400 and len(scores["clha"]) == 5  # four subsets and the total
+
+
+def test_the_table_says_what_the_scores_say(out: Path) -> None:
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| sft", "| clha"]
+    total = json.loads((out / "eval/clha/scores.json").read_text())["Total"]
+    low, high = total["gold"]["interval"]
+    assert f"{total['gold']['mean']:.2f} ({low:.2f} to {high:.2f})" in lines[-1]
+
+
+def test_the_reward_models_and_the_training_are_sane(out: Path) -> None:
+    for name in ("rm_train", "rm_eval"):
+        assert (
+            json.loads((out / name / "training.json").read_text())["accuracy"] > 0.6
+        )  # labels are right in 80 %
+    rows = [json.loads(line) for line in (out / "clha/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 48 and 0.2 < rows[0]["pairs_kept"] < 0.95 and 0.1 < rows[0]["gated"] < 0.7
+    evaluated = [row["eval/rewards/accuracies"] for row in rows if "eval/loss" in row]
+    assert evaluated[-1] > 0.55  # unseen pairs, too, are ordered as the reward model orders them
+
+
+def test_the_pictures_are_drawn(out: Path) -> None:
+    for name in ("reward.png", "gaps.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG" and (out / name).stat().st_size > 10_000
+
+
+def test_a_finished_stage_is_not_run_again(out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    result = run_tiny(out)
+    assert result.returncode == 0
+    assert result.stdout.count("== have") == 12 and "took" not in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "line"),
+    [
+        (
+            ["tidy"],
+            {},
+            "run.sh: tidy: no such command; there are setup, tiny, test, and none for all",
+        ),
+        (["tiny"], {"SCALE": "half"}, "run.sh: SCALE=half: must be a percentage of the steps"),
+        ([], {"NPROC": "0"}, "run.sh: NPROC=0: must be a number of processes"),
+    ],
+)
+def test_run_sh_refuses_what_it_does_not_know(
+    arguments: list[str], variables: dict[str, str], line: str
+) -> None:
+    settings = os.environ | {"PYTHON": sys.executable, **variables}
+    result = subprocess.run(
+        ["bash", "run.sh", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stderr.strip() == line and not result.stdout
