@@ -289,9 +289,14 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = clha.load_tokenizer(args.model)
     records = clha.read_records(args.data, need=["chosen"])
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32)
-    if head(model) is None:
-        raise InputError(f"{args.model}: not a decoder; a reward model is trained from a language model")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a new head is what is wanted, not a warning
+    with clha.loading(args.model):
+        settings = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModelForSequenceClassification.from_pretrained(args.model, **settings)
+    transformers.logging.set_verbosity(verbosity)
+    if head(model) is None or set(info["missing_keys"]) - {"score.weight"}:
+        raise InputError(f"{args.model}: not a whole language model to train a reward model from")
     has_pad = tokenizer.pad_token_id is not None
     model.config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id
     text = partial(hh_text, eos=tokenizer.eos_token)

@@ -1,4 +1,4 @@
-"""`bash run.sh tiny` as a user runs it, with fewer steps: the numbers that it ends with, and that it goes on."""
+"""`bash run.sh tiny` as a user runs it, with fewer steps: the numbers it ends with, and that it goes on."""
 
 import json
 import os
