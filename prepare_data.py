@@ -219,6 +219,12 @@ def make_toy(args: argparse.Namespace) -> None:
 
     if Path(args.out).exists():
         raise InputError(f"{args.out}: exists already; choose another --out")
+    if not 0 <= args.label_noise <= 1:
+        raise InputError(f"--label_noise {args.label_noise}: must be a share, 0 to 1")
+    if not 2 <= args.length <= 8:
+        raise InputError(f"--length {args.length}: must be 2 to 8 replies")
+    if args.queries < 1:
+        raise InputError(f"--queries {args.queries}: must be 1 or more")
     toy.write(
         Path(args.out), args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries
     )

@@ -94,6 +94,10 @@ CASES = [
         "line 1: not a row of this format",
     ),
     ("prepare_data.py toy --out {empty}", "", "exists already"),
+    ("prepare_data.py toy --out {out} --length 1", "", "--length 1: must be 2 to 8 replies"),
+    ("prepare_data.py toy --out {out} --label_noise 20", "", "--label_noise 20.0: must be a share"),
+    ("prepare_data.py toy --out {out} --queries 0", "", "--queries 0: must be 1 or more"),
+    (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be"),
     ("prepare_data.py toy --out {out} --length two", "", "invalid int value: 'two'"),
 ]
 
