@@ -40,26 +40,26 @@ def split_dialogue(text: str) -> list[dict[str, str]]:
     """HH-RLHF's text as turns {"role": "user" or "assistant", "content"}, with nothing lost but outer blanks.
 
     A turn begins at "Human:" or "Assistant:" after an empty line, or at the very start, and goes on to the
-    next, empty lines included. (The released parser drops all but the first paragraph of a turn.) Raises
-    ValueError if the text does not begin with a turn.
+    next, empty lines included. (The released parser drops all but the first paragraph of a turn.) Turns of
+    one role in a row become one turn; text before the first turn is taken as the human's.
     """
     before, *pieces = re.split(r"(?:\n\n|\A\s*)(Human|Assistant):", text)
-    if before.strip() or not pieces:
-        raise ValueError("the text does not begin with Human: or Assistant:")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": roles[name], "content": content.strip()} for name, content in turns]
+    sections = zip(pieces[::2], pieces[1::2], strict=True)
+    turns: list[dict[str, str]] = []
+    for name, content in [("Human", before), *sections] if before.strip() else sections:
+        role = {"Human": "user", "Assistant": "assistant"}[name]
+        if turns and turns[-1]["role"] == role:
+            content = f"{turns.pop()['content']}\n\n{content.strip()}"
+        turns.append({"role": role, "content": content.strip()})
+    return turns
 
 
 def hh_record(row: dict[str, Any]) -> Record | str:
     """The record of a raw row {"chosen", "rejected"}, both whole dialogues; or why it is left out."""
-    try:
-        *prompt, chosen = split_dialogue(row["chosen"])
-        *other_prompt, rejected = split_dialogue(row["rejected"])
-    except ValueError as error:
-        return str(error)
-    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
+    dialogues = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+    if not all(turns and turns[-1]["role"] == "assistant" for turns in dialogues):
         return "the last turn is not the assistant's"
+    (*prompt, chosen), (*other_prompt, rejected) = dialogues
     if not prompt or prompt != other_prompt:
         return "chosen and rejected answer different dialogues"
     return {"prompt": prompt, "responses": [chosen["content"], rejected["content"]], "chosen": 0}

@@ -36,8 +36,12 @@ def bare(text: str) -> str:
         ("Human: Hi\n\nAssistant:", [("user", "Hi"), ("assistant", "")]),
         (
             "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
-            [("user", "a"), ("assistant", "b"), ("assistant", "c")],
+            [("user", "a"), ("assistant", "b\n\nc")],
         ),
+        ("Once\n\nHuman: a\n\nAssistant: b", [("user", "Once\n\na"), ("assistant", "b")]),
+        ("\n\nAssistant: b", [("assistant", "b")]),
+        ("No turn at all", [("user", "No turn at all")]),
+        (" \n", []),
         (
             hh_text("Say Human: or Assistant:", "No"),
             [("user", "Say Human: or Assistant:"), ("assistant", "No")],
@@ -48,12 +52,6 @@ def test_a_dialogue_is_split_where_a_turn_begins_and_nowhere_else(
     text: str, turns: list[tuple[str, str]]
 ) -> None:
     assert [(turn["role"], turn["content"]) for turn in prepare_data.split_dialogue(text)] == turns
-
-
-@pytest.mark.parametrize("text", ["", "Hello", "Once\n\nHuman: Hi"])
-def test_a_text_that_begins_with_no_turn_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="does not begin"):
-        prepare_data.split_dialogue(text)
 
 
 def test_nothing_of_the_real_dialogues_is_lost(shared: Path) -> None:
@@ -92,7 +90,7 @@ def test_raw_rows_become_records_or_a_reason() -> None:
     }
     assert "different" in parse({"chosen": hh_text("Q", "A"), "rejected": hh_text("P", "A")})
     assert "last turn" in parse({"chosen": hh_text("Q", "A", "R"), "rejected": hh_text("Q", "A")})
-    assert "begin" in parse({"chosen": "Q", "rejected": hh_text("Q", "A")})
+    assert "last turn" in parse({"chosen": "", "rejected": hh_text("Q", "A")})
 
 
 def make_raw(folder: Path, name: str, rows: int, broken: int = 0) -> None:
