@@ -203,10 +203,7 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 512,
-    max_prompt_length: int = 384,
+    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, max_prompt_length: int = 384,
     ranking: str = "reward",
 ) -> Example:
     """A record as token ids, its replies ordered by reward, best first (as in the file if there are none).

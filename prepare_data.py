@@ -9,6 +9,7 @@ Table 1, and what was left out and why. No dev query is in the test set.
 """
 
 import argparse
+import itertools
 import random
 import re
 from collections import Counter
@@ -65,29 +66,36 @@ def hh_record(row: dict[str, Any]) -> Record | str:
     return {"prompt": prompt, "responses": [chosen["content"], rejected["content"]], "chosen": 0}
 
 
-def read_hh(source: str) -> Iterator[Row]:
-    """Yields (split, subset, line, row) of the raw files in a folder, or of a data set on the hub."""
-    folder, found = Path(source), False
-    for subset in TABLE_1:
-        for split in ("train", "test"):
-            if folder.is_dir():
-                files = [*folder.glob(f"{subset}/{split}.jsonl"), *folder.glob(f"{subset}/{split}.jsonl.gz")]
-                if not files:
-                    print(f"not found: {folder / subset / split}.jsonl(.gz)")
-                    continue
-                rows: Iterable[tuple[int, dict[str, Any]]] = clha.read_jsonl(files[0])
-            elif source.count("/") == 1 and source[0] not in "./~":
-                from datasets import load_dataset
+def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[str, Any]]] | None:
+    """(line, row) of one raw file in a folder, or of a part of a data set on the hub; None if it is missing."""
+    if Path(source).is_dir():
+        names = f"{subset}/{split}.jsonl", f"{subset}/{split}.jsonl.gz"
+        path = next((Path(source) / name for name in names if (Path(source) / name).is_file()), None)
+        return path and clha.read_jsonl(path)
+    if source.count("/") != 1 or source[0] in "./~":
+        raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
+    from datasets import load_dataset
 
-                print(f"taking {subset}/{split} of {source} from the Hugging Face hub")
-                rows = enumerate(load_dataset(source, data_dir=subset, split=split), 1)
-            else:
-                raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
-            found = True
-            for line, row in tqdm(rows, desc=f"{subset}/{split}", disable=None):
-                if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
-                    raise InputError(f"{source}, {subset}/{split}, line {line}: no texts chosen and rejected")
-                yield split, subset, line, row
+    print(f"taking {subset}/{split} of {source} from the Hugging Face hub")
+    try:
+        return enumerate(load_dataset(source, data_dir=subset, split=split), 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def read_hh(source: str) -> Iterator[Row]:
+    """Yields (split, subset, line, row) of all of HH-RLHF that `source` has; names what it has not."""
+    found = False
+    for subset, split in itertools.product(TABLE_1, ("train", "test")):
+        rows = hh_rows(source, subset, split)
+        if rows is None:
+            print(f"not found: {source}/{subset}/{split}.jsonl(.gz)")
+            continue
+        found = True
+        for line, row in tqdm(rows, desc=f"{subset}/{split}", disable=None):
+            if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+                raise InputError(f"{source}, {subset}/{split}, line {line}: no texts chosen and rejected")
+            yield split, subset, line, row
     if not found:
         raise InputError(f"{source}: has none of HH-RLHF's files, such as harmless-base/train.jsonl.gz")
 
