@@ -67,7 +67,7 @@ def hh_record(row: dict[str, Any]) -> Record | str:
 
 
 def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[str, Any]]] | None:
-    """(line, row) of one raw file in a folder, or of a part of a data set on the hub; None if it is missing."""
+    """(line, row) of a raw file in a folder, or of a part of a data set on the hub; None if it is missing."""
     if Path(source).is_dir():
         names = f"{subset}/{split}.jsonl", f"{subset}/{split}.jsonl.gz"
         path = next((Path(source) / name for name in names if (Path(source) / name).is_file()), None)
