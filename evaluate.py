@@ -14,7 +14,6 @@ checkpoint. Rewards are sigmoids in percent, as in Table 2; BLEU is the paper's:
 import argparse
 import json
 import logging
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def generate(
     progress: bool = True,
 ) -> list[str]:
     """Greedy replies to the prompts, in their order; made in batches of like length, the longest first."""
-    rows = tokenizer([clha.render(prompt) for prompt in prompts]).input_ids
+    rows = tokenizer([clha.render(prompt) for prompt in prompts]).input_ids if prompts else []
     ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -159,7 +158,7 @@ def cell(value: float | dict[str, Any]) -> str:
 
 
 def evaluate_model(
-    path: str, folder: Path, records: list[Record], args: argparse.Namespace
+    path: str, folder: Path, records: list[Record], judge: reward.RewardModel, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Replies, scores and table of one model, written to a folder by all processes together; its summary."""
     rank, processes, device = clha.init_process()
@@ -168,7 +167,8 @@ def evaluate_model(
 
     tokenizer = clha.load_tokenizer(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    with clha.loading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     replies = generate(
         model,
         tokenizer,
@@ -178,9 +178,7 @@ def evaluate_model(
         max_prompt_length=args.max_prompt_length,
         batch_size=args.batch_size,
     )
-    del model  # a reward model may need the memory
-    judge = reward.load_reward_model(args.reward_model, device)
-    rewards = judge.score(prompts, replies)
+    rewards = torch.tensor(judge.score(prompts, replies)).sigmoid().tolist()
     rows = [
         {
             "id": record.get("id"),
@@ -189,7 +187,7 @@ def evaluate_model(
             "response": reply,
             "reference": reference,
             "char_bleu": bleu,
-            "reward": 100 / (1 + math.exp(-value)),
+            "reward": 100 * value,
         }
         for record, prompt, reply, reference, bleu, value in zip(
             mine, prompts, replies, references, char_bleu(replies, references), rewards, strict=True
@@ -273,7 +271,14 @@ def main() -> None:
     folders = {path: out if single else out / Path(path).name for path in args.model}
     if len(set(folders.values())) < len(args.model):
         raise InputError(f"--model: two of {', '.join(args.model)} have one name; evaluate them one by one")
-    summaries = {folder.name: evaluate_model(path, folder, records, args) for path, folder in folders.items()}
+    if args.plot:
+        reward.import_pyplot()  # what is wrong is said now rather than after the work
+    for path in args.model:
+        clha.load_tokenizer(path)
+    judge = reward.load_reward_model(args.reward_model, clha.init_process()[2])
+    summaries = {
+        folder.name: evaluate_model(path, folder, records, judge, args) for path, folder in folders.items()
+    }
     if clha.init_process()[0] == 0:
         print(table(summaries))
         best = max(folders, key=lambda path: summaries[folders[path].name]["Total"]["reward"]["mean"])
