@@ -403,7 +403,8 @@ def clha_loss(
     keep, gate = rescore(rewards, min_reward_gap, target)
     counts = loss_counts(keep, reduction) if counts is None else counts
     position = torch.arange(rewards.shape[1], device=rewards.device)
-    weights = keep.to(avg_logps) / counts[(position - position[:, None]).clamp(min=0)]  # (B, l, l)
+    offset = (position - position[:, None]).clamp(min=0)  # (l, l), j - i
+    weights = keep.to(avg_logps) / counts[offset]  # (B, l, l), each kept pair's share in its mean
     rank_loss = contrast * pairwise_margin_loss(avg_logps, weights, margin).sum()
     sft_logps = sum_logps if sft_reduction == "sum" else avg_logps
     sft_loss = gated_sft_loss(sft_logps, gate, target).sum() / counts[0]
