@@ -19,6 +19,7 @@
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that spin while they wait starve a busy machine
 
 die() { echo "run.sh: $*" >&2; exit 2; }
 

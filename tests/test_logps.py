@@ -1,19 +1,28 @@
 """Packs and their log-probabilities: exactly those that each reply has alone."""
 
+import gzip
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import golden
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import clha
 
+MODELS = [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}]
 
-def query(prompt: list[int], *responses: list[int], rewards: list[float] | None = None) -> clha.Example:
+
+def query(
+    prompt: list[int], *responses: list[int], rewards: list[float] | None = None, chosen: int = 0
+) -> clha.Example:
     """An encoded query."""
-    return {"prompt_ids": prompt, "response_ids": list(responses), "rewards": rewards, "chosen": 0, "cut": 0}
+    replies = list(responses)
+    return {"prompt_ids": prompt, "response_ids": replies, "rewards": rewards, "chosen": chosen, "cut": 0}
 
 
 def random_queries(number: int, seed: int = 0) -> list[clha.Example]:
@@ -31,15 +40,8 @@ def random_queries(number: int, seed: int = 0) -> list[clha.Example]:
 def tiny(**more: Any) -> LlamaForCausalLM:
     """A random LLaMA of 64 tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **more,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**({"vocab_size": 64} | sizes | more))).eval()
 
 
 def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
@@ -52,11 +54,23 @@ def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
     return sums
 
 
+def padded_logps(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
+    """Summed log-probability of all replies, in one batch of prompt + reply rows, padded on the right."""
+    model.set_attn_implementation("sdpa")
+    rows = [(e["prompt_ids"], response) for e in examples for response in e["response_ids"]]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = pad([torch.tensor(prompt + response) for prompt, response in rows])
+    real = pad([torch.ones(len(prompt + response)) for prompt, response in rows])
+    reply = pad([torch.tensor([0] * len(prompt) + [1] * len(response)) for prompt, response in rows])
+    logps = model(ids, attention_mask=real).logits.log_softmax(-1)
+    return (logps[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0] * reply[:, 1:]).sum(1)
+
+
 def test_pack_by_a_worked_example() -> None:
     # The picture in clha.py: <s> P P P with "a a </s>" and "b b b </s>"; <s> Q with "c </s>" and "d </s>".
     batch = clha.pack(
         [
-            query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0]),
+            query([1, 10, 11, 12], [20, 21, 2], [30, 31, 32, 2], rewards=[1.0, -1.0], chosen=1),
             query([1, 13], [40, 2], [50, 2], rewards=[2.0, 0.0]),
         ]
     )
@@ -68,6 +82,8 @@ def test_pack_by_a_worked_example() -> None:
     assert batch["lengths"].tolist() == [[3, 4], [2, 2]]
     assert batch["last"].tolist() == [[6, 10], [14, 16]]
     assert batch["rewards"].tolist() == [[1.0, -1.0], [2.0, 0.0]]
+    assert batch["chosen"].tolist() == [1, 0]
+    assert [mask.shape for mask in batch["masks"]] == [(11, 11), (6, 6)]
     assert batch["masks"][1].int().tolist() == [
         [1, 0, 0, 0, 0, 0],  # <s>
         [1, 1, 0, 0, 0, 0],  # Q
@@ -82,9 +98,14 @@ def test_a_query_with_fewer_replies_leaves_its_places_empty() -> None:
     batch = clha.pack([query([1], [2], [3], [4], rewards=[3, 2, 1]), query([1], [2], [3], rewards=[1, 0])])
     assert batch["lengths"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["rewards"].isnan().tolist() == [[False] * 3, [False, False, True]]
+    assert batch["reply"].tolist() == [0, 1, 2, 3, 4]  # b * 3 + i, and none for the empty place 5
 
 
-@pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
+def test_replies_without_rewards_have_reward_zero() -> None:
+    assert clha.pack([query([1], [2], [3])])["rewards"].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("more", MODELS)
 def test_log_probs_are_those_of_a_plain_forward_pass(more: dict[str, Any]) -> None:
     model, examples = tiny(**more), random_queries(5)
     sum_logps, lengths = clha.sequence_logps(model, clha.pack(examples))
@@ -93,6 +114,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(more: dict[str, Any]) -> No
         for i, response in enumerate(example["response_ids"]):
             assert sum_logps[b, i].item() == pytest.approx(plain[i].item(), abs=1e-5 * len(response))
             assert lengths[b, i] == len(response)
+        assert sum_logps[b, len(plain) :].tolist() == [0] * (sum_logps.shape[1] - len(plain))
 
 
 def test_a_log_prob_does_not_depend_on_neighbours_or_other_replies() -> None:
@@ -112,12 +134,13 @@ def gradients(model: LlamaForCausalLM, logps: Tensor) -> list[Tensor]:
     return torch.autograd.grad((logps * torch.arange(1, len(logps) + 1)).sum(), list(model.parameters()))
 
 
-def test_gradients_are_those_of_the_plain_computation() -> None:
-    model, examples = tiny(), random_queries(4)
-    plain = gradients(model, torch.stack([logp for e in examples for logp in plain_logps(model, e)]))
+@pytest.mark.parametrize("more", MODELS)
+def test_gradients_are_those_of_a_padded_batch(more: dict[str, Any]) -> None:
+    model, examples = tiny(**more), random_queries(4)
+    padded = gradients(model, padded_logps(model, examples))
     sum_logps, lengths = clha.sequence_logps(model, clha.pack(examples))
-    for a, b in zip(gradients(model, sum_logps[lengths > 0]), plain, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    for ours, theirs in zip(gradients(model, sum_logps[lengths > 0]), padded, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
@@ -143,8 +166,6 @@ def test_the_model_still_generates_after_a_pack() -> None:
 
 
 def test_attention_that_packs_do_not_have_is_refused() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
     config = MistralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -176,18 +197,21 @@ def test_the_reference_log_probs_are_reproduced(shared: Any) -> None:
                 assert sum_logps[b, i].item() / n == pytest.approx(expected / n, abs=1e-4)
 
 
-def test_the_reference_token_ids_are_reproduced(shared: Any) -> None:
+def test_real_replies_have_the_log_probs_they_have_alone(shared: Path) -> None:
+    path = shared / "hh/release_format/sampled_dev.json.gz"
+    if not path.is_file():
+        pytest.skip("../shared/hh/release_format/sampled_dev.json.gz is not here")
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(next(file)) for _ in range(4)]
     tokenizer = AutoTokenizer.from_pretrained(shared / "llama_tokenizer")
-    checked = 0
-    for example in golden("logprobs.json")["examples"]:
-        if example["prompt_tokens_before_cut"] > 384:
-            continue  # the release cuts text and encodes it again; here ids are cut
-        turns = [turn.split("|>", 1) for turn in example["prefix"][:-1]]
-        roles = {"<|prompter": "user", "<|assistant": "assistant"}
-        prompt = [{"role": roles[tag], "content": text} for tag, text in turns]
-        encoded = clha.encode({"prompt": prompt, "responses": example["suffix"]}, tokenizer)
-        for response_ids, candidate in zip(encoded["response_ids"], example["candidates"], strict=True):
-            text = (encoded["prompt_ids"] + response_ids)[: candidate["n_text_tokens"]]
-            assert text == candidate["input_ids"][: candidate["n_text_tokens"]]
-            checked += 1
-    assert checked >= 6
+    examples = []
+    for row in rows:
+        first_turn = {"role": "user", "content": row["prefix"][0][0].removeprefix("<|prompter|>")}
+        examples.append(clha.encode({"prompt": [first_turn], "responses": row["suffix"]}, tokenizer))
+    model = tiny(vocab_size=len(tokenizer))
+    sum_logps, _ = clha.sequence_logps(model, clha.pack(examples))
+    for b, example in enumerate(examples):
+        assert [response[-1] for response in example["response_ids"]] == [2, 2]  # nothing was cut: EOS counts
+        for i, plain in enumerate(plain_logps(model, example)):
+            n = len(example["response_ids"][i])
+            assert sum_logps[b, i].item() / n == pytest.approx(plain.item() / n, abs=1e-5)
