@@ -225,6 +225,21 @@ def test_evaluation_changes_no_weight(world: Path, data: Path, one_process: Path
     assert evaluated.read_bytes() == other.read_bytes()
 
 
+def test_training_goes_on_in_training_mode_after_an_evaluation(
+    world: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In evaluation mode there is no activation checkpointing, nor dropout.
+    modes, run_batch = [], clha.run_batch
+
+    def watched(model: Any, *arguments: Any, train: bool) -> dict[str, float]:
+        modes.append((train, model.training))
+        return run_batch(model, *arguments, train=train)
+
+    monkeypatch.setattr(clha, "run_batch", watched)
+    clha.train(config(world, data, tmp_path / "run", max_steps=2, dev_data=str(data), eval_every=1))
+    assert modes == [(True, True), (False, False)] * 2
+
+
 def test_a_run_learns_logs_and_saves(world: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     clha.train(
         config(
