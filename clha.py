@@ -160,7 +160,7 @@ def check_record(record: Record, need: Iterable[str]) -> str | None:
         return '"responses" has an empty reply'
     if rewards is not None and not (isinstance(rewards, list) and len(rewards) == len(responses)):
         return f'"rewards" must be a list of {len(responses)} numbers, one a reply'
-    if not all(type(reward) in (int, float) and math.isfinite(reward) for reward in rewards or []):
+    if not all(type(reward) in (int, float) and abs(reward) < 1e38 for reward in rewards or []):  # float32
         return f'"rewards" must be finite numbers, not {rewards}'
     if type(chosen) is not int or not 0 <= chosen < len(responses):
         return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {chosen!r}'
@@ -462,12 +462,14 @@ def loading(path: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and drops BOS."""
+    """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and goes wrong."""
     with loading(path):
+        # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
+        if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
+            raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
-    # transformers 5 makes of a bare tokenizer.model one without BOS and with other merges, and says nothing.
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
     return tokenizer
@@ -642,6 +644,8 @@ def train(config: Config) -> None:
     if not 1 <= config.batch_size <= len(examples):
         raise InputError(f"--batch_size {config.batch_size}: must be 1 to {len(examples)} (queries)")
     order = data_order(len(examples), config)
+    if not order or config.eval_every < 1 or config.save_every < 0:
+        raise InputError("no steps to take: --epochs, --max_steps, --eval_every or --save_every is too small")
     if config.alpha is None:
         length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
         config.alpha = 0.05 * (length - 1) ** 2

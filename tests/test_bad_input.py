@@ -97,6 +97,8 @@ CASES = [
     ("prepare_data.py toy --out {out} --length 1", "", "--length 1: must be 2 to 8 replies"),
     ("prepare_data.py toy --out {out} --label_noise 20", "", "--label_noise 20.0: must be a share"),
     ("prepare_data.py toy --out {out} --queries 0", "", "--queries 0: must be 1 or more"),
+    (CLHA + " --batch_size 1 --epochs 0.1", GOOD, "no steps to take"),
+    (CLHA + " --batch_size 1 --eval_every 0", GOOD, "--eval_every"),
     (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be"),
     ("prepare_data.py toy --out {out} --length two", "", "invalid int value: 'two'"),
 ]
