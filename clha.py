@@ -70,9 +70,13 @@ class Config:
     dev_data: str = option("", "scored records for --eval_every")
     recipe: Literal["default", "release"] = option("default", "release: the numbers of the released code")
     # The method
+    objective: Literal["clha", "sft", "rrhf", "pro", "coh", "dpo"] = option(
+        "clha", "or another of the paper's table, on the same data and trainer (baselines.py)")
     margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives none, the release has 3")
     min_reward_gap: float = option(1.0, "k of Eq. 5: a pair trains if its rewards differ by more; release: 3")
     alpha: float | None = option(None, "weight of L_sft; if not given 0.05 (l - 1)^2, Section 3.3")
+    beta: float = option(0.1, "of DPO")
+    temperatures: bool = option(True, "PRO without them: Eq. 2")
     reduction: Literal["query", "release"] = option(
         "query", "of Eq. 5: mean over queries; release: mean over the kept pairs of each offset j - i")
     sft_reduction: Literal["sum", "mean"] = option("sum", "of L_sft over the reply's tokens; release: sum")
@@ -246,9 +250,9 @@ def encode(
 # the log-probability that it has alone, and the prompt is computed once.
 
 
-def reward_matrix(examples: list[Example]) -> Tensor:
+def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
     """Rewards (B, l) of B queries: NaN where a query has fewer than l replies, 0 if it is not scored."""
-    rows = [torch.tensor(e["rewards"] or [0] * len(e["response_ids"]), dtype=torch.float32) for e in examples]
+    rows = [torch.tensor(e[name] or [0] * len(e["response_ids"]), dtype=torch.float32) for e in examples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
@@ -257,8 +261,9 @@ def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
 
     input_ids, position_ids (1, N); targets (M,) the tokens of the replies, predict_at (M,) the positions that
     predict them, reply (M,) the reply b * l + i they belong to; lengths (B, l), 0 where a query has fewer
-    replies; last (B, l) the positions of the replies' last tokens; rewards (B, l) as in `reward_matrix`;
-    chosen (B,); masks, a list of bool (n, n) for the n tokens of each query: may the row see the column?
+    replies; last (B, l) the positions of the replies' last tokens; rewards (B, l) as in `reply_matrix`, and
+    in `more` what else the objective needs, by name; chosen (B,); masks, a list of bool (n, n) for the n
+    tokens of each query: may the row see the column?
     """
     width = max(len(example["response_ids"]) for example in examples)
     ids, positions, targets, predict_at, reply, masks = [], [], [], [], [], []
@@ -283,8 +288,9 @@ def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
     return {
         "input_ids": tensor([ids]), "position_ids": tensor([positions]), "targets": tensor(targets),
         "predict_at": tensor(predict_at), "reply": tensor(reply), "lengths": lengths.to(device),
-        "last": last.to(device), "rewards": reward_matrix(examples).to(device), "masks": masks,
+        "last": last.to(device), "rewards": reply_matrix(examples).to(device), "masks": masks,
         "chosen": tensor([example["chosen"] for example in examples]),
+        "more": {n: reply_matrix(examples, n).to(device) for n in ("reference_logps",) if n in examples[0]},
     }
 
 
@@ -533,8 +539,12 @@ def save_model(
 
 def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Example]:
     """The records of a file as token ids, checked for what this configuration needs."""
-    need = {"rewards": config.rescore or config.ranking == "reward", "chosen": config.sft_target == "chosen"}
+    scored = config.rescore or config.ranking == "reward" or config.objective != "clha"
+    need = {"rewards": scored, "chosen": config.sft_target == "chosen"}
     records = read_records(path, [name for name, needed in need.items() if needed])
+    if config.objective == "coh":
+        import baselines
+        records = map(baselines.hindsight, records)
     bar = tqdm(records, desc=f"tokens of {Path(path).name}", disable=None if dist.get_rank() == 0 else True)
     return [encode(r, tokenizer, config.max_length, config.max_prompt_length, config.ranking) for r in bar]
 
@@ -588,7 +598,7 @@ def run_batch(
     first forward pass. So the gradients are the same for any packs and any number of processes.
     """
     rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    keep, _ = rescore(reward_matrix(examples), config.min_reward_gap if config.rescore else None)
+    keep, _ = rescore(reply_matrix(examples), config.min_reward_gap if config.rescore else None)
     counts = loss_counts(keep, config.reduction).to(device)
     totals: dict[str, Tensor] = {}
     for part in deal([size(example) for example in examples], config.pack_tokens, processes)[rank::processes]:
@@ -598,7 +608,8 @@ def run_batch(
             sum_logps, lengths = sequence_logps(model, batch)
             avg_logps = sum_logps / lengths.clamp(min=1)  # p of Eq. 3
             target = batch["chosen"] if config.sft_target == "chosen" else None
-            loss, metrics = loss_fn(avg_logps, sum_logps, batch["rewards"], target=target, counts=counts)
+            loss, metrics = loss_fn(
+                avg_logps, sum_logps, batch["rewards"], target=target, counts=counts, **batch["more"])
         if train:
             (loss * weight * processes).backward()  # FSDP averages over processes, and this is to be a sum
         totals = {name: totals.get(name, 0) + value * weight for name, value in metrics.items()}
@@ -612,16 +623,17 @@ def describe(model: PreTrainedModel, examples: list[Example], steps: int, config
     parameters = sum(p.numel() for p in model.parameters())
     processes, queries = dist.get_world_size(), len(examples)
     target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
-    rewards = reward_matrix(examples)
+    rewards = reply_matrix(examples)
     keep, gate = rescore(rewards, config.min_reward_gap if config.rescore else None, target)
     kept, cut = keep.sum() / rescore(rewards, None)[0].sum(), sum(e["cut"] > 0 for e in examples) / queries
+    of_clha = f", margin {config.margin:g}, reduction {config.reduction}" * (config.objective == "clha")
     return (
         f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
         f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
         f"data    {queries:,} queries of {sum(map(size, examples)) / queries:.0f} tokens; "
         f"in {cut:.1%} the prompt or a reply is cut\n"
         f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
-        f"loss    margin {config.margin:g}, alpha {config.alpha:g}, reduction {config.reduction}\n"
+        f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"
         f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}"
     )
 
@@ -648,13 +660,17 @@ def train(config: Config) -> None:
         raise InputError("no steps to take: --epochs, --max_steps, --eval_every or --save_every is too small")
     if config.alpha is None:
         length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
-        config.alpha = 0.05 * (length - 1) ** 2
+        weights = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}
+        config.alpha = weights.get(config.objective, 0.05 * (length - 1) ** 2)
     gap = config.min_reward_gap if config.rescore else None
     loss_fn = partial(
         clha_loss, margin=config.margin, min_reward_gap=gap, alpha=config.alpha, reduction=config.reduction,
         sft_reduction=config.sft_reduction, contrast=config.contrast)
 
     model = load_model(config.model, device, dtype, config.activation_checkpointing)
+    if config.objective != "clha":
+        import baselines
+        config.rescore, loss_fn = False, baselines.make_loss(config, model, examples + dev_examples)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
@@ -760,4 +776,5 @@ def run(main: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["clha"] = sys.modules["__main__"]  # baselines.py imports this module, not a second one
     run(lambda: train(parse_args(sys.argv[1:])))

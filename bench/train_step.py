@@ -34,7 +34,7 @@ import clha
 
 def loss_of(sum_logps: Tensor, counts: Tensor, examples: list[clha.Example]) -> Tensor:
     """The CLHA loss with the default recipe; sum_logps, counts (B, l)."""
-    rewards = clha.reward_matrix(examples).to(sum_logps.device)
+    rewards = clha.reply_matrix(examples).to(sum_logps.device)
     recipe = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
     return clha.clha_loss(sum_logps / counts, sum_logps, rewards, **recipe)[0]
 
