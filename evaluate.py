@@ -2,7 +2,9 @@
 
     python evaluate.py --model out/final --data test.jsonl --reward_model RM_EVAL --out eval/clha
     python evaluate.py --model out/step-* --data dev.jsonl --reward_model RM --out eval/steps --plot steps.png
+    python evaluate.py --responses curie.jsonl --data test.jsonl --reward_model RM_EVAL --out eval/curie
     python evaluate.py table eval/base eval/sft eval/clha
+    python evaluate.py sheets eval/pro eval/clha --out sheets        for people to judge; then tally, compare
     torchrun --nproc_per_node 8 evaluate.py ...                      each process takes a share of the prompts
 
 A model gives one reply of at most 128 tokens to each prompt, cut where it goes on to speak for the human. A
@@ -23,6 +25,7 @@ from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import baselines
 import clha
 import reward
 from clha import InputError, Record
@@ -34,9 +37,9 @@ STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")  # the released 
 # Replies
 
 
-def cut_reply(text: str) -> str:
+def cut_reply(text: str, stop_strings: tuple[str, ...] = STOP_STRINGS) -> str:
     """A generated text up to the first stop string, without white space around it."""
-    return re.split("|".join(STOP_STRINGS), text, maxsplit=1)[0].strip()
+    return re.split("|".join(stop_strings), text, maxsplit=1)[0].strip()
 
 
 @torch.inference_mode()
@@ -48,10 +51,16 @@ def generate(
     max_new_tokens: int = 128,
     max_prompt_length: int = 384,
     batch_size: int = 32,
+    hindsight: bool = False,
     progress: bool = True,
 ) -> list[str]:
-    """Greedy replies to the prompts, in their order; made in batches of like length, the longest first."""
-    rows = tokenizer([clha.render(prompt) for prompt in prompts]).input_ids if prompts else []
+    """Greedy replies to the prompts, in their order; made in batches of like length, the longest first.
+
+    With `hindsight` the model, one of `--objective coh`, is asked for what it calls a good answer.
+    """
+    prefix = f" {baselines.GOOD}" if hindsight else ""
+    stop_strings = (*STOP_STRINGS, baselines.GOOD, baselines.BAD) if hindsight else STOP_STRINGS
+    rows = tokenizer([clha.render(prompt) + prefix for prompt in prompts]).input_ids if prompts else []
     ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -74,7 +83,7 @@ def generate(
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
-                replies[i] = cut_reply(text)
+                replies[i] = cut_reply(text, stop_strings)
             bar.update(len(part))
     return replies
 
@@ -160,24 +169,31 @@ def cell(value: float | dict[str, Any]) -> str:
 def evaluate_model(
     path: str, folder: Path, records: list[Record], judge: reward.RewardModel, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Replies, scores and table of one model, written to a folder by all processes together; its summary."""
+    """Replies, scores and table of one model, written to a folder by all processes together; its summary.
+
+    `path` is the model, or with args.responses the file that has its replies.
+    """
     rank, processes, device = clha.init_process()
     mine = records[rank::processes]
     prompts, references = [r["prompt"] for r in mine], [r["responses"][r.get("chosen", 0)] for r in mine]
 
-    tokenizer = clha.load_tokenizer(path)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with clha.loading(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    replies = generate(
-        model,
-        tokenizer,
-        prompts,
-        progress=rank == 0,
-        max_new_tokens=args.max_new_tokens,
-        max_prompt_length=args.max_prompt_length,
-        batch_size=args.batch_size,
-    )
+    if args.responses:
+        replies = read_replies(path, records)[rank::processes]
+    else:
+        tokenizer = clha.load_tokenizer(path)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with clha.loading(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        replies = generate(
+            model,
+            tokenizer,
+            prompts,
+            progress=rank == 0,
+            max_new_tokens=args.max_new_tokens,
+            max_prompt_length=args.max_prompt_length,
+            batch_size=args.batch_size,
+            hindsight=args.hindsight,
+        )
     rewards = torch.tensor(judge.score(prompts, replies)).sigmoid().tolist()
     rows = [
         {
@@ -205,6 +221,23 @@ def evaluate_model(
         (folder / "table.md").write_text(table({folder.name: summary}) + "\n")
         (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")  # the last: all is there
     return summary
+
+
+def read_replies(path: str, records: list[Record]) -> list[str]:
+    """The replies {"id", "response"} of a file, in the order of the records; cut like generated ones.
+
+    Raises InputError for a line of another form, a second reply to a record, and a record without one.
+    """
+    found: dict[Any, str] = {}
+    for number, row in clha.read_jsonl(path):
+        if not isinstance(row.get("id"), str) or not isinstance(row.get("response"), str):
+            raise InputError(f'{path}, line {number}: needs "id", a record\'s, and "response", its reply')
+        if row["id"] in found:
+            raise InputError(f"{path}, line {number}: a second reply to {row['id']}")
+        found[row["id"]] = cut_reply(row["response"])
+    if missing := [record.get("id") for record in records if record.get("id") not in found]:
+        raise InputError(f"{path}: has no reply to {len(missing):,} of the records, such as {missing[0]}")
+    return [found[record["id"]] for record in records]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -237,6 +270,8 @@ def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     """Parses the command line and evaluates models, or makes one table of folders that are evaluated."""
+    import people  # it imports this module
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
     parser.error = clha.refuse
     commands = parser.add_subparsers(dest="command")
@@ -244,7 +279,11 @@ def main() -> None:
     table_command.error = clha.refuse
     table_command.add_argument("folders", nargs="+", help="--out folders of earlier evaluations")
     table_command.add_argument("--total", action="store_true", help="only the Total rows")
+    people.add_commands(commands)
     parser.add_argument("--model", nargs="+", help="Hugging Face folders or hub names")
+    parser.add_argument(
+        "--responses", default="", help='instead of --model: its replies, JSON lines {"id", "response"}'
+    )
     parser.add_argument("--data", help="records; their chosen replies are the references")
     parser.add_argument("--reward_model", help="reward model of the evaluation: a folder or a hub name")
     parser.add_argument("--out", help="folder for the replies, the scores and the table")
@@ -253,15 +292,24 @@ def main() -> None:
         "--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
+    parser.add_argument(
+        "--hindsight", action="store_true", help="the models were trained with --objective coh"
+    )
     parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
     parser.add_argument("--plot", default="", help="picture of the reward of models step-N against N")
     args = parser.parse_args()
+    if "run" in args:
+        args.run(args)
+        return
     if args.command == "table":
         summaries = {Path(folder).name: read_summary(Path(folder)) for folder in args.folders}
         if args.total:
             summaries = {name: {"Total": summary["Total"]} for name, summary in summaries.items()}
         print(table(summaries))
         return
+    if args.responses and args.model:
+        clha.refuse("--model or --responses, not both")
+    args.model = [args.responses] if args.responses else args.model
     needed = ("model", "data", "reward_model", "out")
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
         clha.refuse(f"the following arguments are required: {', '.join(missing)}")
@@ -274,7 +322,7 @@ def main() -> None:
     if args.plot:
         reward.import_pyplot()  # what is wrong is said now rather than after the work
     for path in args.model:
-        clha.load_tokenizer(path)
+        _ = read_replies(path, records) if args.responses else clha.load_tokenizer(path)
     judge = reward.load_reward_model(args.reward_model, clha.init_process()[2])
     summaries = {
         folder.name: evaluate_model(path, folder, records, judge, args) for path, folder in folders.items()
