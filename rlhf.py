@@ -1,0 +1,100 @@
+"""RLHF, the rival of Table 2, by TRL: the same prompts, base model and reward model as CLHA's.
+
+    pip install .[rlhf]
+    python rlhf.py --model BASE --train_data train.jsonl --reward_model RM --output_dir out/rlhf
+
+The paper's RLHF is PPO (Ouyang et al., 2022). Here it is RLOO (Ahmadian et al., 2024, arXiv:2402.14740):
+REINFORCE, whose baseline is the mean reward of the other replies to the same prompt. The model samples
+its own replies, so only the prompts of the records are read. With a low --kl_beta it comes to please the
+reward model alone: on the toy world, 0.05 raises the learned reward and lowers the gold reward.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import clha
+import evaluate
+import reward
+from clha import InputError
+
+
+def prompt_text(dialogue: reward.Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a prompt, or of its last tokens if it is long: TRL takes text, no ids."""
+    text = clha.render(dialogue)
+    ids = tokenizer(text).input_ids
+    kept = clha.cut_prompt(ids, clha.Config.max_prompt_length, tokenizer.bos_token_id)
+    return text if kept == ids else tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def reward_function(model: reward.RewardModel) -> Callable[..., list[float]]:
+    """The reward model as TRL calls it: with the sampled texts, and the columns of the data by name."""
+
+    def rewards(completions: list[str], dialogue: list[reward.Messages], **_: Any) -> list[float]:
+        # Cut as in the evaluation; a reply that is then empty gets, as there, what the model says of it.
+        return model.score(dialogue, [evaluate.cut_reply(text) for text in completions])
+
+    return rewards
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains by RLOO; leaves output_dir/final, a Hugging Face folder, and TRL's log as metrics.jsonl."""
+    try:
+        import trl  # its PPO is gone (huggingface/trl#7020), and took no reward function either
+        from datasets import Dataset
+    except ImportError:
+        raise InputError("needs TRL: pip install .[rlhf]") from None
+    final = Path(args.output_dir, "final")
+    if final.exists():
+        raise InputError(f"{final.parent}: holds a finished run (final/); choose another --output_dir")
+    tokenizer = clha.load_tokenizer(args.model)
+    dialogues = [record["prompt"] for record in clha.read_records(args.train_data)]
+    if not 1 <= args.batch_size <= len(dialogues):
+        raise InputError(f"--batch_size {args.batch_size}: must be 1 to {len(dialogues)} (prompts)")
+    if args.num_generations < 2 or args.max_new_tokens < 1 or args.max_steps < 0:
+        raise InputError("at least --num_generations 2, --max_new_tokens 1 and --max_steps 0 are needed")
+    gpu = torch.cuda.is_available()
+    config = trl.RLOOConfig(
+        args.output_dir, max_steps=args.max_steps or -1, num_train_epochs=1, seed=args.seed,
+        per_device_train_batch_size=args.batch_size * args.num_generations, beta=args.kl_beta,
+        num_generations=args.num_generations, max_completion_length=args.max_new_tokens,
+        learning_rate=args.learning_rate, bf16=gpu, gradient_checkpointing=gpu, use_cpu=not gpu,
+        save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty())  # fmt: skip
+    judge = reward_function(reward.load_reward_model(args.reward_model, config.device))
+    with clha.loading(args.model):  # weights in fp32 as in clha.py, even if it computes in bf16
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    data = Dataset.from_list([{"prompt": prompt_text(d, tokenizer), "dialogue": d} for d in dialogues])
+    trainer = trl.RLOOTrainer(model, judge, config, data, processing_class=tokenizer)
+    trainer.train()
+    partial = final.with_name("final.partial")
+    trainer.save_model(str(partial))
+    (partial / "training_args.bin").unlink()  # a pickle that needs TRL
+    clha.write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
+    partial.rename(final)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The flags; learning rate and KL price are TRL's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
+    parser.error = clha.refuse
+    parser.add_argument("--model", required=True, help="language model to align: a folder or a hub name")
+    parser.add_argument("--train_data", required=True, help="records, JSON lines, scored or not")
+    parser.add_argument("--reward_model", required=True, help="the one that scored CLHA's data")
+    parser.add_argument("--output_dir", required=True, help="gets metrics.jsonl and final/")
+    parser.add_argument("--max_steps", type=int, default=0, help="0: one pass over the prompts")
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts a step")
+    parser.add_argument("--num_generations", type=int, default=4, help="replies sampled for each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply")
+    parser.add_argument("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
+    parser.add_argument("--kl_beta", type=float, default=0.05, help="price of a nat from the base model")
+    parser.add_argument("--seed", type=int, default=42, help="of the data order and the sampling")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    clha.run(lambda: train(parse_args(sys.argv[1:])))
