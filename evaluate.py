@@ -52,10 +52,12 @@ def generate(
     max_prompt_length: int = 384,
     batch_size: int = 32,
     hindsight: bool = False,
+    temperature: float = 0.0,
     progress: bool = True,
 ) -> list[str]:
-    """Greedy replies to the prompts, in their order; made in batches of like length, the longest first.
+    """Replies to the prompts, in their order; made in batches of like length, the longest first.
 
+    They are greedy, or sampled at a temperature above 0, from torch's random state.
     With `hindsight` the model, one of `--objective coh`, is asked for what it calls a good answer.
     """
     prefix = f" {baselines.GOOD}" if hindsight else ""
@@ -66,7 +68,7 @@ def generate(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos = tokenizer.eos_token_id
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": eos}
-    greedy = GenerationConfig(do_sample=False, **settings)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     replies = [""] * len(ids)
     with tqdm(total=len(ids), desc="generate", disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
@@ -79,13 +81,22 @@ def generate(
             }
             output = model.generate(
                 **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
-                generation_config=greedy,
+                generation_config=GenerationConfig(**sampling, **settings),
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
                 replies[i] = cut_reply(text, stop_strings)
             bar.update(len(part))
     return replies
+
+
+def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model to generate with, in bfloat16 on a GPU, and its tokenizer."""
+    tokenizer = clha.load_tokenizer(path)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with clha.loading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    return model, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,13 +191,8 @@ def evaluate_model(
     if args.responses:
         replies = read_replies(path, records)[rank::processes]
     else:
-        tokenizer = clha.load_tokenizer(path)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with clha.loading(path):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         replies = generate(
-            model,
-            tokenizer,
+            *load(path, device),
             prompts,
             progress=rank == 0,
             max_new_tokens=args.max_new_tokens,

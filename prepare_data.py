@@ -3,13 +3,15 @@
     python prepare_data.py hh --source Anthropic/hh-rlhf --out data      the hub, or a folder of raw files
     python prepare_data.py release --source FOLDER --out data            the authors' files with their rewards
     python prepare_data.py toy --out data                                a small world with a known reward
+    python prepare_data.py augment --data train.jsonl --model M --out train3.jsonl    a third reply, sampled
 
-Writes train.jsonl, dev.jsonl and test.jsonl; prints how many queries each subset has, beside the paper's
-Table 1, and what was left out and why. No dev query is in the test set.
+The first three write train.jsonl, dev.jsonl and test.jsonl; they print how many queries each subset has,
+beside the paper's Table 1, and what was left out and why. No dev query is in the test set.
 """
 
 import argparse
 import itertools
+import json
 import random
 import re
 from collections import Counter
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import clha
@@ -203,6 +206,86 @@ def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> st
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Longer rankings: HH-RLHF_3 of Section 3.1, where ChatGPT gave each prompt a third reply
+
+
+def add_replies(record: Record, replies: list[str]) -> Record:
+    """A record with more replies; none that is empty or there already. Its old rewards are dropped."""
+    texts = dict.fromkeys(reply.strip() for reply in replies)
+    new = [text for text in texts if text and text not in record["responses"]]
+    kept = {name: value for name, value in record.items() if name != "rewards"}
+    return kept | {"responses": [*record["responses"], *new]}
+
+
+def read_extra(path: str, records: list[Record]) -> list[list[str]]:
+    """The replies {"id", "response"} that a file has for each record: any number, in the file's order."""
+    found: dict[str, list[str]] = {str(record.get("id")): [] for record in records}
+    for number, row in clha.read_jsonl(path):
+        if not isinstance(row.get("response"), str) or row.get("id") not in found:
+            raise InputError(f'{path}, line {number}: needs "response", a reply, and the "id" of a record')
+        found[row["id"]].append(row["response"])
+    return [found[str(record.get("id"))] for record in records]
+
+
+def sample_replies(records: list[Record], args: argparse.Namespace, out: Path) -> None:
+    """Writes the records, each with replies that a model samples; goes on from where it was stopped.
+
+    Whole lines gather in `out`. Each part of 256 records has its own seed, so that a stop changes nothing.
+    """
+    import evaluate
+
+    lines = out.read_bytes().split(b"\n")[:-1] if out.exists() else []  # what has no line end is torn
+    done = len(lines) // 256 * 256
+    for record, line in zip(records, lines[:done], strict=False):
+        if json.loads(line).get("prompt") != record["prompt"]:
+            raise InputError(f"{out}: left by a run on other data; remove it, or choose another --out")
+    model, tokenizer = evaluate.load(args.model, clha.init_process()[2])
+    with out.open("ab") as file, tqdm(total=len(records), initial=done, desc="sample", disable=None) as bar:
+        file.truncate(sum(len(line) + 1 for line in lines[:done]))
+        for start in range(done, len(records), 256):
+            part = records[start : start + 256]
+            torch.manual_seed(args.seed + start)
+            sampled = [
+                evaluate.generate(
+                    model,
+                    tokenizer,
+                    [record["prompt"] for record in part],
+                    max_new_tokens=args.max_new_tokens,
+                    batch_size=args.batch_size,
+                    temperature=args.temperature,
+                    progress=False,
+                )
+                for _ in range(args.replies)
+            ]
+            for record, *replies in zip(part, *sampled, strict=True):
+                file.write(json.dumps(add_replies(record, replies), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            bar.update(len(part))
+
+
+def augment(args: argparse.Namespace) -> None:
+    """Gives each record more replies, from a file or a model; they then need new rewards."""
+    records, out = clha.read_records(args.data), Path(args.out)
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another --out")
+    if bool(args.extra) == bool(args.model):
+        raise InputError("either --model, to sample replies, or --extra, a file that has them, is needed")
+    if args.replies < 1 or args.temperature <= 0:
+        raise InputError("--replies must be 1 or more, --temperature above 0")
+    if args.extra:
+        extra = read_extra(args.extra, records)
+        clha.write_jsonl(out, map(add_replies, records, extra))
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = out.with_name(out.name + ".partial")
+        sample_replies(records, args, partial_path)
+        partial_path.replace(out)
+    lengths = Counter(len(record["responses"]) for record in clha.read_records(out))
+    counts = ", ".join(f"{count:,} of {length} replies" for length, count in sorted(lengths.items()))
+    print(f"{counts}; written to {out}. `python reward.py score` gives them rewards")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -242,7 +325,7 @@ def make_toy(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the command line and runs one of the three."""
+    """Parses the command line and runs one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
     parser.error = clha.refuse
     commands = parser.add_subparsers(dest="command", required=True)
@@ -250,10 +333,11 @@ def main() -> None:
     hh = add_command("hh", help="HH-RLHF")
     release = add_command("release", help="the authors' data.zip")
     toy_world = add_command("toy", help="the toy world")
-    for command in (hh, release, toy_world):
+    longer = add_command("augment", help="more replies to each prompt")
+    for command in (hh, release, toy_world, longer):
         command.error = clha.refuse
         command.set_defaults(run=prepare)
-        command.add_argument("--out", required=True, help="folder for the records")
+        command.add_argument("--out", required=True, help="folder (augment: file) for the records")
         command.add_argument("--seed", type=int, default=42, help="of whatever is drawn")
     hh.add_argument("--source", required=True, help="Anthropic/hh-rlhf, or a folder with its four subsets")
     release.add_argument("--source", required=True, help="a file of the authors', or a folder with some")
@@ -263,6 +347,16 @@ def main() -> None:
     toy_world.add_argument("--label_noise", type=float, default=0.2, help="share of wrong labels")
     toy_world.add_argument("--length", type=int, default=2, help="replies a query in train.jsonl")
     toy_world.add_argument("--queries", type=int, default=2048, help="queries in train.jsonl")
+    longer.set_defaults(run=augment)
+    longer.add_argument("--data", required=True, help="records to add replies to")
+    longer.add_argument(
+        "--model", default="", help="language model that samples them: a folder or a hub name"
+    )
+    longer.add_argument("--extra", default="", help='or a file with them, JSON lines {"id", "response"}')
+    longer.add_argument("--replies", type=int, default=1, help="sampled for each prompt")
+    longer.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
+    longer.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply")
+    longer.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
     args = parser.parse_args()
     args.run(args)
 

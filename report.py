@@ -1,0 +1,381 @@
+"""RESULTS.md and its pictures, from the runs of study.py that are finished (`python study.py report`).
+
+Every number is computed here from the scores that evaluate.py left in the folders of the runs; every verdict
+follows from an interval. Intervals are 95 % of a mean over seeds (Student's t), and differences are paired:
+first taken within each seed.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import clha
+import people
+import reward
+import study
+from clha import InputError
+
+Runs = dict[int, dict[str, float]]  # seed -> score -> value, of one run in one kind of world
+T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by n - 1
+SCORES = {"gold": "gold", "reward": "reward", "char_bleu": "char BLEU", "word_bleu": "word BLEU"}
+
+
+class Mean(NamedTuple):
+    """A mean over seeds with its 95 % interval, which is infinite for a single seed."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.half:.2f}" if self.seeds > 1 else f"{self.mean:.2f} (one seed)"
+
+
+def mean_of(values: list[float]) -> Mean:
+    """The mean of values and the half width of its interval."""
+    if len(values) < 2:
+        return Mean(values[0], float("inf"), len(values))
+    t = T_975.get(len(values) - 1, 1.96)
+    return Mean(statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5, len(values))
+
+
+def read_runs(folder: Path) -> dict[str, dict[str, float]]:
+    """The Total scores of each run that is evaluated in a folder of a world, by the run's name."""
+    runs = {}
+    for path in sorted(folder.glob("*/eval/scores.json")):
+        total = json.loads(path.read_text())["Total"]
+        values = {name: total[name] for name in SCORES if name in total}
+        means = {n: v if isinstance(v, float) else v["mean"] for n, v in values.items()}
+        runs[path.parents[1].name] = means
+    return runs
+
+
+class Kind:
+    """All seeds of one kind of world: its runs by name, with a row of a table looked up by its settings."""
+
+    def __init__(self, folders: dict[int, Path], length: int) -> None:
+        self.length, self.folders, self.runs = length, folders, {}
+        for seed, folder in folders.items():
+            for name, scores in read_runs(folder).items():
+                self.runs.setdefault(name, {})[seed] = scores
+
+    def find(self, settings: dict[str, Any] | None) -> Runs:
+        """The runs with these settings; the base model's for None."""
+        return self.runs.get("base" if settings is None else study.run_name(settings, self.length), {})
+
+    def score(self, settings: dict[str, Any] | None, name: str = "gold") -> Mean | None:
+        """A score of a row, over its seeds; None if there is none."""
+        values = [scores[name] for scores in self.find(settings).values() if name in scores]
+        return mean_of(values) if values else None
+
+    def difference(self, a: dict[str, Any], b: dict[str, Any] | None, name: str = "gold") -> Mean | None:
+        """Score of row a minus that of row b, paired by seed."""
+        first, second = self.find(a), self.find(b)
+        both = sorted(first.keys() & second.keys())
+        return mean_of([first[s][name] - second[s][name] for s in both]) if both else None
+
+
+def toy_kind(out: Path, noise: float, length: int) -> Kind:
+    """The toy worlds of a noise and length."""
+    folders = sorted((out / "toy").glob(f"seed-*/noise-{noise:g}/length-{length}"))
+    return Kind({int(folder.parts[-3].removeprefix("seed-")): folder for folder in folders}, length)
+
+
+def real_kind(out: Path) -> Kind:
+    """The runs on real text."""
+    folders = sorted((out / "real").glob("seed-*"))
+    return Kind({int(folder.name.removeprefix("seed-")): folder for folder in folders}, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def cell(value: Mean | None) -> str:
+    """A mean for a table."""
+    return "" if value is None else str(value)
+
+
+def signed(value: Mean | None) -> str:
+    """A difference for a table."""
+    return "" if value is None else f"{value.mean:+.2f} ± {value.half:.2f}".replace("± inf", "(one seed)")
+
+
+def rows_of(length: int) -> dict[str, dict[str, Any] | None]:
+    """All rows of Table 2 and Table 3."""
+    return {"base": None} | study.methods(length) | study.RLHF | study.ABLATIONS | study.RELEASE
+
+
+def main_table(kind: Kind, scores: Iterable[str], by: str) -> str:
+    """Table 2: each row's scores, and CLHA minus it by the score `by`."""
+    lines = [["method", *(SCORES[name] for name in scores), f"CLHA minus it, {SCORES[by]}", "seeds"]]
+    for name, settings in rows_of(kind.length).items():
+        if (value := kind.score(settings, by)) is not None:
+            difference = "" if name == "CLHA" else signed(kind.difference({}, settings, by))
+            label = f"**{name}**" if name == "CLHA" else name
+            cells = [cell(kind.score(settings, score)) for score in scores]
+            lines.append([label, *cells, difference, str(value.seeds)])
+    return people.markdown(lines)
+
+
+def noise_table(kinds: dict[float, Kind]) -> str:
+    """Gold reward of each row by the share of wrong labels."""
+    lines = [["method", *(f"{noise:.0%} wrong labels" for noise in kinds)]]
+    for name, settings in rows_of(next(iter(kinds.values())).length).items():
+        values = [kind.score(settings) for kind in kinds.values()]
+        if sum(value is not None for value in values) > 1:
+            lines.append([name, *map(cell, values)])
+    return people.markdown(lines)
+
+
+def ablation_table(kinds: dict[str, Kind]) -> str:
+    """Table 3: what each part is worth, CLHA minus CLHA without it in gold reward."""
+    lines = [["CLHA minus ...", *kinds]]
+    for name, settings in (study.ABLATIONS | study.RELEASE).items():
+        lines.append([name, *(signed(kind.difference({}, settings)) for kind in kinds.values())])
+    return people.markdown(lines)
+
+
+def sweep_table(kind: Kind) -> str:
+    """Gold reward for each value of each setting that was swept, and its difference from the default."""
+    lines = [["setting", "value", "gold", "minus default"]]
+    for name, sweep in study.SWEEPS.items():
+        for value, settings in sweep.items():
+            difference = kind.difference(settings, {})
+            same = study.run_name(settings, 2) == study.run_name({}, 2)
+            label = f"**{value:g}** (default)" if same else f"{value:g}"
+            lines.append([name, label, cell(kind.score(settings)), "" if same else signed(difference)])
+    return people.markdown(lines)
+
+
+def verdict(difference: Mean | None) -> str:
+    """holds, fails or not shown, as the interval of a difference that a claim says is above zero."""
+    if difference is None:
+        return "not run"
+    word = "**not shown**"
+    if difference.mean - difference.half > 0:
+        word = "**holds**"
+    elif difference.mean + difference.half < 0:
+        word = "**fails**: it is the other way round"
+    return f"{word} ({signed(difference)}, {difference.seeds} seeds)"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def save(figure: Any, path: Path) -> str:
+    """Writes a picture and returns the Markdown that shows it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return f"![{path.stem}]({path})\n"
+
+
+def plot_noise(kinds: dict[int, dict[float, Kind]], path: Path) -> str:
+    """Gold reward against the share of wrong labels, a panel a length of rankings."""
+    pyplot = reward.import_pyplot()
+    figure, all_axes = pyplot.subplots(1, len(kinds), figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axes, (length, by_noise) in zip(all_axes, kinds.items(), strict=True):
+        for name, settings in rows_of(length).items():
+            points = [(noise, value) for noise, kind in by_noise.items() if (value := kind.score(settings))]
+            if len(points) > 1 and name != "RRHF":
+                noises, values = [noise for noise, _ in points], [value for _, value in points]
+                style = {"CLHA": {"linewidth": 3, "color": "black", "zorder": 5}, "base": {"color": "0.7"}}
+                dashed = {"linestyle": "--"} if name.startswith("CLHA w/o") else {}
+                means, halves = [v.mean for v in values], [v.half if v.seeds > 1 else 0 for v in values]
+                axes.errorbar(noises, means, halves, label=name, marker="o", markersize=4, capsize=2,
+                              **style.get(name, {}), **dashed)  # fmt: skip
+        axes.set(title=f"{length} replies a query", xlabel="share of wrong labels", xticks=list(by_noise))
+    all_axes[0].set_ylabel("gold reward")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return save(figure, path)
+
+
+def plot_sweeps(kind: Kind, path: Path) -> str:
+    """Gold reward against each setting that was swept."""
+    pyplot = reward.import_pyplot()
+    panels = {"margin": ["margin"], "reward gap": ["reward gap"]}
+    panels["weight of the SFT term"] = [name for name in study.SWEEPS if name.startswith("weight")]
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
+        for name in names:
+            points = [(value, score) for value, settings in study.SWEEPS[name].items()
+                      if (score := kind.score(settings))]  # fmt: skip
+            values, halves = [p.mean for _, p in points], [p.half if p.seeds > 1 else 0 for _, p in points]
+            axes.errorbar([x for x, _ in points], values, halves, marker="o", capsize=2, label=name)
+        axes.set(xlabel=title)
+        axes.set_xscale("symlog", linthresh=0.01 if len(names) > 1 else 0.1)
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    all_axes[0].set_ylabel("gold reward")
+    return save(figure, path)
+
+
+def likelihoods(kind: Kind, settings: dict[str, Any]) -> dict[int, dict[str, list[float]]]:
+    """Dev log-probs of chosen and rejected replies by step, a value a seed."""
+    curves: dict[int, dict[str, list[float]]] = {}
+    for folder in kind.folders.values():
+        path = folder / study.run_name(settings, kind.length) / "metrics.jsonl"
+        for _, row in clha.read_jsonl(path) if path.is_file() else ():
+            for name in ("chosen", "rejected"):
+                if (value := row.get(f"eval/logps/{name}")) is not None:
+                    curves.setdefault(row["step"], {}).setdefault(name, []).append(value)
+    return curves
+
+
+def plot_likelihoods(kind: Kind, path: Path) -> str:
+    """Mean log-probs per token of the chosen and rejected dev replies over training, a panel an objective."""
+    pyplot = reward.import_pyplot()
+    rows = {n: s for n, s in (study.methods(2) | study.ABLATIONS).items() if n not in ("CoH", "RRHF")}
+    rows = {n: s for n, s in rows.items() if n in PANELS}
+    figure, all_axes = pyplot.subplots(1, len(rows), figsize=(11, 3), sharey=True, layout="constrained")
+    for axes, (name, settings) in zip(all_axes, rows.items(), strict=True):
+        curves = likelihoods(kind, settings)
+        for reply, colour in (("chosen", "tab:blue"), ("rejected", "tab:red")):
+            axes.plot(list(curves), [statistics.mean(row[reply]) for row in curves.values()], "o-",
+                      color=colour, label=reply, markersize=3)  # fmt: skip
+        axes.set(title=name, xlabel="step")
+    all_axes[0].set_ylabel("dev log-prob, nats a token")
+    all_axes[0].legend(frameon=False)
+    return save(figure, path)
+
+
+PANELS = ("SFT", "RRHF, CLHA's SFT", "PRO", "DPO", "CLHA", "CLHA w/o margin")
+
+# ------------------------------------------------------------------------------------------------------------
+# The text
+
+
+def claims(kinds: dict[int, dict[float, Kind]]) -> str:
+    """The paper's claims, each with what the toy world says of it."""
+    rows, lines = study.methods(2), [["claim of the paper", "20 % wrong labels", "0 %", "40 %"]]
+    order = (study.NOISE, *(noise for noise in kinds[2] if noise != study.NOISE))
+
+    def add(claim: str, difference: Callable[[Kind], Mean | None], length: int = 2) -> None:
+        lines.append([claim, *(verdict(difference(kinds[length][noise])) for noise in order)])
+
+    for name in ("PRO", "RRHF", "RRHF, CLHA's SFT", "SFT", "CoH"):
+        add(f"CLHA before {name} (Table 2)", lambda kind, row=rows[name]: kind.difference({}, row))
+    add("CLHA before RLHF (Table 2)", lambda kind: kind.difference({}, study.RLHF["RLHF"]))
+    add("CLHA before DPO (not in the paper)", lambda kind: kind.difference({}, rows["DPO"]))
+    for name, settings in study.ABLATIONS.items():
+        part = name.removeprefix("CLHA w/o ")
+        add(f"the {part} is worth something (Table 3)", lambda kind, s=settings: kind.difference({}, s))
+    three = study.methods(3)
+    for name in ("PRO", "SFT", "DPO"):
+        claim = f"CLHA before {name}, three replies"
+        add(claim, lambda kind, row=three[name]: kind.difference({}, row), length=3)
+    longer = ["three replies before two (CLHA)"]
+    for noise in order:
+        two, more = (kinds[length][noise].find({}) for length in (2, 3))
+        pairs = [more[seed]["gold"] - two[seed]["gold"] for seed in two.keys() & more.keys()]
+        longer.append(verdict(mean_of(pairs) if pairs else None))
+    return people.markdown([*lines, longer])
+
+
+def dump(kinds: dict[str, Kind], path: Path) -> None:
+    """All scores behind the report as JSON lines, a line a run."""
+    rows = [
+        {"world": world, "seed": seed, "run": name, **scores}
+        for world, kind in kinds.items() for name, runs in kind.runs.items() for seed, scores in runs.items()
+    ]  # fmt: skip
+    clha.write_jsonl(path, rows)
+
+
+TOY_TEXT = f"""# Results
+
+Every table and picture here is written by `python study.py report` from runs that `bash run.sh study` makes.
+[docs/study/runs.jsonl](docs/study/runs.jsonl) has the scores of every run. There is one data path, one
+trainer and one evaluation: two rows of a table differ in their objective alone. Learning rate and steps are
+the same for all ({study.STEPS} steps of 64 queries, {study.LEARNING_RATE:g}) and were tuned for none of them;
+only RLHF, which samples its own replies, has its own (`RLHF_FLAGS` in study.py).
+
+**± is a 95 % interval** of the mean over seeds (Student's t). Seeds differ in everything: data, base model,
+reward models. Differences are paired by seed, so they are known better than the scores themselves. *Gold* is
+the toy world's true reward, -3 to 3; above 0 is acceptable. *Reward* is the mean sigmoid score, in percent,
+by a reward model that no training saw. Where the two disagree, gold is right.
+
+## What holds of the paper's claims
+
+On the toy world, by gold reward. *Holds* and *fails*: the interval of the difference leaves out zero.
+"""
+
+LIKELIHOOD_TEXT = """## Likelihoods over training
+
+Of the best and the worst dev reply by reward, in nats a token, mean over seeds. Where both fall while the
+distance between them grows, a model learns to tell replies apart and unlearns to say them: what the paper
+calls preference overfitting.
+"""
+
+REAL_TEXT = """## Real text
+
+{queries:,} different queries of HH-RLHF with their real rewards (`python study.py real`), in four parts:
+{train:,} train, {judge:,} are the judge's, {dev:,} dev, {test:,} test. A LLaMA of {millions:.0f} M
+parameters is trained from scratch on all text of the first part ({steps} steps of 4,096 tokens, to a loss
+of {loss:.2f} nats a token). The judge is made of it with the human labels of the second part, which no run
+sees; it is right in {accuracy:.0%} of {pairs} pairs that it never saw. Then each objective takes {max_steps}
+steps of {batch_size} queries (learning rate {learning_rate:g}, {dtype}, {max_length} tokens a query). Seeds
+differ in the order of the data only: base model, judge and test items are shared, so the intervals know
+nothing of what another base model or judge would say.
+"""
+
+REAL_LIMITS = """What so small a model can show: that the whole path runs on real text, real rewards and long
+prompts, and in which direction each objective moves a model. What it can't: whether replies get better. Its
+replies are hardly English, and a judge of the same size that is right this seldom rewards form, not content.
+The order of the rows is no evidence about LLaMA-7B.
+"""
+
+
+def real_section(out: Path, kind: Kind) -> list[str]:
+    """What was done on real text, and its table."""
+    sizes = {
+        n: len(clha.read_records(out / f"real/data/{n}.jsonl")) for n in ("train", "judge", "dev", "test")
+    }
+    base, judge = (json.loads((out / f"real/{name}/training.json").read_text()) for name in ("base", "judge"))
+    facts = study.REAL | sizes | {"queries": sum(sizes.values()), "millions": base["parameters"] / 1e6}
+    facts |= {name: base[name] for name in ("steps", "loss")} | {n: judge[n] for n in ("accuracy", "pairs")}
+    table = main_table(kind, [name for name in SCORES if name != "gold"], "reward")
+    return [REAL_TEXT.format(**facts), table, REAL_LIMITS]
+
+
+def write(out: Path) -> None:
+    """Writes RESULTS.md and docs/study, its pictures and scores. Raises InputError if there are no runs."""
+    kinds = {length: {noise: toy_kind(out, noise, length) for noise in study.NOISES} for length in (2, 3)}
+    main, pictures = kinds[2][study.NOISE], Path("docs/study")
+    if not main.runs:
+        raise InputError(f"{out}: no finished runs in it; `python study.py toy --out {out}` makes them")
+    named = {f"toy, {length} replies, noise {noise:g}": kind
+             for length, by_noise in kinds.items() for noise, kind in by_noise.items()}  # fmt: skip
+    real = real_kind(out)
+    dump(named | {"real": real}, pictures / "runs.jsonl")
+    columns = {f"{n:.0%} wrong labels": kind for n, kind in kinds[2].items()}
+    columns |= {f"{study.NOISE:.0%}, three replies": kinds[3][study.NOISE]}
+    text = [
+        TOY_TEXT,
+        claims(kinds),
+        "## Table 2 on the toy world\n\n20 % wrong labels, two replies a query:\n",
+        main_table(main, SCORES, "gold"),
+        "The same with three replies a query:\n",
+        main_table(kinds[3][study.NOISE], SCORES, "gold"),
+        "## Noise\n",
+        plot_noise(kinds, pictures / "noise.png"),
+        "Gold reward, two replies a query:\n",
+        noise_table(kinds[2]),
+        "Three replies:\n",
+        noise_table(kinds[3]),
+        "## Table 3: what each part is worth\n\nGold reward, paired:\n",
+        ablation_table(columns),
+        "## Sweeps\n\nOne setting at a time, 20 % wrong labels, two replies.\n",
+        plot_sweeps(main, pictures / "sweeps.png"),
+        sweep_table(main),
+        LIKELIHOOD_TEXT,
+        plot_likelihoods(main, pictures / "likelihoods.png"),
+    ]
+    if real.runs:
+        text += real_section(out, real)
+    Path("RESULTS.md").write_text("\n".join(text))
+    print(
+        f"RESULTS.md, and {pictures} with its pictures and scores: {sum(map(len, main.runs.values()))} runs"
+    )
