@@ -4,6 +4,9 @@
 #   bash run.sh setup    .venv with the pinned packages (the two below call it themselves)
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
 #                        (SCALE=40 takes 40 percent of the steps)
+#   bash run.sh study    Tables 2 and 3 on the toy world, and on real text where HH is a folder of the authors'
+#                        data.zip: RESULTS.md and its pictures. Hours; goes on where it was stopped
+#                        (SEEDS="0 1 2 3 4"; OUT=out/study)
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
 #
@@ -81,6 +84,20 @@ tiny() {
     echo "$((SECONDS - started)) s; the table is in $out/table.md, the pictures are $out/reward.png and $out/gaps.png"
 }
 
+study() {
+    setup
+    local out=${OUT:-out/study} seeds hh=${HH:-}
+    read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
+    [ -z "$hh" ] || [ -d "$hh" ] || die "HH=$hh: no such folder; the study takes the authors' files"
+    "$PYTHON" study.py toy --out "$out" --seeds "${seeds[@]}"
+    if [ -n "$hh" ]; then
+        "$PYTHON" study.py real --out "$out" --source "$hh" --seeds "${seeds[@]:0:3}"
+    else
+        echo "== no real text: HH=FOLDER, of the authors' files, adds it"
+    fi
+    "$PYTHON" study.py report --out "$out"
+}
+
 tests() {
     setup
     "$PYTHON" -m ruff check .
@@ -127,7 +144,8 @@ full() {
 case ${1:-full} in
     setup) setup ;;
     tiny) tiny ;;
+    study) study ;;
     test) tests ;;
     full) full ;;
-    *) die "$1: no such command; there are setup, tiny, test, and none for all" ;;
+    *) die "$1: no such command; there are setup, tiny, study, test, and none for all" ;;
 esac

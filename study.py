@@ -36,6 +36,10 @@ from clha import InputError
 
 NOISE, NOISES, LENGTHS = 0.2, (0.0, 0.2, 0.4), (2, 3)  # shares of wrong labels; the first for everything
 STEPS, LEARNING_RATE = 80, 5e-4  # of alignment, on each toy world
+REAL = {  # of alignment, on real text
+    "learning_rate": 1e-4, "max_steps": 32, "batch_size": 32, "pack_tokens": 4096, "max_length": 256,
+    "max_prompt_length": 192, "dtype": "bfloat16", "activation_checkpointing": False,
+}  # fmt: skip
 EVERYTHING = {"contrast": False, "rescore": False, "ranking": "given", "sft_target": "chosen"}  # imitate all
 
 
@@ -229,8 +233,7 @@ def real_world(out: Path, source: str) -> World:
     return World(
         home, 2, home / "base", data / "train.jsonl", data / "dev.jsonl",
         clha.read_records(data / "test.jsonl"), judge,
-        {"learning_rate": 1e-4, "max_steps": 32, "batch_size": 32, "pack_tokens": 4096, "max_length": 256,
-         "max_prompt_length": 192, "dtype": "bfloat16", "activation_checkpointing": False},
+        REAL,
         {"gold": False, "max_new_tokens": 48, "max_prompt_length": 192},
     )  # fmt: skip
 

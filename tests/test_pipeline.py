@@ -89,9 +89,14 @@ def test_a_finished_stage_is_not_run_again(out: Path) -> None:
         (
             ["tidy"],
             {},
-            "run.sh: tidy: no such command; there are setup, tiny, test, and none for all",
+            "run.sh: tidy: no such command; there are setup, tiny, study, test, and none for all",
         ),
         (["tiny"], {"SCALE": "half"}, "run.sh: SCALE=half: must be a percentage of the steps"),
+        (
+            ["study"],
+            {"HH": "nowhere"},
+            "run.sh: HH=nowhere: no such folder; the study takes the authors' files",
+        ),
         ([], {"NPROC": "0"}, "run.sh: NPROC=0: must be a number of processes"),
     ],
 )
