@@ -15,18 +15,22 @@ import clha
 import evaluate
 import prepare_data
 import reward
+import study
 
 PROGRAMS: dict[str, Callable[[], None]] = {
     "clha.py": lambda: clha.train(clha.parse_args(sys.argv[1:])),
     "reward.py": reward.main,
     "prepare_data.py": prepare_data.main,
     "evaluate.py": evaluate.main,
+    "study.py": study.main,
 }
 
 GOOD = {"prompt": [{"role": "user", "content": "How?"}], "responses": ["So.", "No."], "rewards": [0.5, -1.0]}
 UNSCORED = {name: value for name, value in GOOD.items() if name != "rewards"}
 CLHA = "clha.py --model {model} --train_data {file} --output_dir {out}"
 SCORE = "reward.py score --model {model} --data {file} --out {out}"
+AUGMENT = "prepare_data.py augment --data {file} --out {out}"
+RESPONSES = "evaluate.py --responses {file} --data {file} --reward_model {model} --out {out}"
 EVALUATE = "evaluate.py --model {model} --data {file} --reward_model {model} --out {out}"
 
 # (command, what {file} holds, what the line says)
@@ -101,6 +105,22 @@ CASES = [
     (CLHA + " --batch_size 1 --eval_every 0", GOOD, "--eval_every"),
     (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be"),
     ("prepare_data.py toy --out {out} --length two", "", "invalid int value: 'two'"),
+    (CLHA + " --objective ppo", GOOD, "invalid choice: 'ppo'"),
+    (CLHA + " --objective coh --no_rescore --ranking given", UNSCORED, 'no "rewards" yet'),
+    (AUGMENT, GOOD, "either --model, to sample replies, or --extra"),
+    (AUGMENT + " --model {model} --extra {file}", GOOD, "either --model, to sample replies, or --extra"),
+    (AUGMENT + " --model nowhere", GOOD, "nowhere: no such model folder"),
+    (AUGMENT + " --model {model} --replies 0", GOOD, "--replies must be 1 or more"),
+    (AUGMENT + " --extra {file}", GOOD, 'data.jsonl, line 1: needs "response"'),
+    ("prepare_data.py augment --data {file} --extra {file} --out {empty}", GOOD, "exists already"),
+    (RESPONSES, GOOD, 'data.jsonl, line 1: needs "id"'),
+    (RESPONSES, GOOD | {"id": "a", "response": "So."}, "has 2 outputs"),
+    (RESPONSES + " --model {model}", GOOD, "--model or --responses, not both"),
+    ("study.py", "", "required: command"),
+    ("study.py toy --seeds one", "", "invalid int value: 'one'"),
+    ("study.py real --out {out}", "", "required: --source"),
+    ("study.py real --out {out} --source {empty}", "", "no such file, nor a folder"),
+    ("study.py report --out {empty}", "", "no finished runs in it"),
 ]
 
 
@@ -176,9 +196,16 @@ def test_the_real_programs_end_the_same_way(
         "prepare_data.py hh",
         "prepare_data.py release",
         "prepare_data.py toy",
+        "prepare_data.py augment",
         "reward.py train",
         "reward.py score",
         "evaluate.py table",
+        "evaluate.py sheets",
+        "evaluate.py tally",
+        "evaluate.py compare",
+        "study.py toy",
+        "study.py real",
+        "study.py report",
     ],
 )
 def test_help_teaches(

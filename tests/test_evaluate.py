@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import golden
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import clha
 import evaluate
+import toy
 
 
 def test_the_released_bleu_is_reproduced() -> None:
@@ -169,3 +170,59 @@ def test_a_whole_evaluation_and_its_tables(
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["step-10", "step-20", "eval"]
     assert len({line.split("|", 2)[2] for line in lines[2:]}) == 1  # the same model, so the same row
     dist.destroy_process_group()
+
+
+def test_replies_from_a_file_are_scored_like_those_of_a_model(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = clha.read_records(world / "test.jsonl")[:4]
+    rows = [{"id": r["id"], "response": f" {r['responses'][0]}\n\nHuman: And?"} for r in reversed(records)]
+    clha.write_jsonl(tmp_path / "closed.jsonl", rows)
+    clha.write_jsonl(tmp_path / "data.jsonl", records)
+    assert evaluate.read_replies(str(tmp_path / "closed.jsonl"), records) == [
+        record["responses"][0] for record in records
+    ]
+    judge = tmp_path / "judge"
+    model = AutoModelForSequenceClassification.from_pretrained(world / "init", num_labels=1)
+    model.save_pretrained(judge)
+    clha.load_tokenizer(str(world / "init")).save_pretrained(judge)
+    words = ["--data", tmp_path / "data.jsonl", "--reward_model", judge, "--out", tmp_path / "out", "--gold"]
+    closed = ["--responses", tmp_path / "closed.jsonl"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, [*closed, *words])])
+    evaluate.main()
+    total = evaluate.read_summary(tmp_path / "out")["Total"]
+    assert total["n"] == 4 and total["char_bleu"]["mean"] == pytest.approx(100)  # the references themselves
+    golds = [toy.gold(record["prompt"], record["responses"][0]) for record in records]
+    assert total["gold"]["mean"] == pytest.approx(sum(golds) / 4)
+    with pytest.raises(
+        clha.InputError, match=r"closed.jsonl: has no reply to 1 of the records, such as dev-0"
+    ):
+        evaluate.read_replies(str(tmp_path / "closed.jsonl"), [*records, {"id": "dev-0"}])
+
+
+def test_a_model_of_hindsight_is_asked_for_its_good_answer(
+    world: Path, model_and_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    prompt, seen = [{"role": "user", "content": "How?"}], []
+    said = tokenizer(" So. Bad answer: No.", add_special_tokens=False).input_ids
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append(tokenizer.decode(input_ids[0], skip_special_tokens=True))
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert evaluate.generate(model, tokenizer, [prompt], hindsight=True, progress=False) == ["So."]
+    assert evaluate.generate(model, tokenizer, [prompt], progress=False) == ["So. Bad answer: No."]
+    assert seen == ["\n\nHuman: How?\n\nAssistant: Good answer:", "\n\nHuman: How?\n\nAssistant:"]
+
+
+def test_sampling_follows_the_seed(world: Path, model_and_tokenizer: Any) -> None:
+    prompts = [[{"role": "user", "content": "How do I make tea?"}]] * 4
+
+    def sample(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        settings = {"max_new_tokens": 8, "temperature": 1.0, "progress": False}
+        return evaluate.generate(*model_and_tokenizer, prompts, **settings)
+
+    assert sample(0) == sample(0) != sample(1) and len(set(sample(0))) > 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import golden
 
 import clha
@@ -189,3 +190,56 @@ def test_the_real_files_of_the_authors_are_read(
     assert len(dev) == 279 and not {*map(prepare_data.same_query, dev)} & {
         *map(prepare_data.same_query, test)
     }
+
+
+def test_replies_are_added_once_and_old_rewards_dropped() -> None:
+    record = {"prompt": [], "responses": ["a", "b"], "rewards": [1.0, 2.0], "chosen": 1, "id": "x"}
+    longer = prepare_data.add_replies(record, [" c ", "b", "", "c"])
+    assert longer == {"prompt": [], "responses": ["a", "b", "c"], "chosen": 1, "id": "x"}
+    assert record["responses"] == ["a", "b"]
+
+
+def augment(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """`prepare_data.py augment` with these words."""
+    monkeypatch.setattr("sys.argv", ["prepare_data.py", "augment", *map(str, words)])
+    prepare_data.main()
+
+
+def test_a_third_reply_from_a_file(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = clha.read_records(world / "dev.jsonl")[:2]
+    clha.write_jsonl(tmp_path / "two.jsonl", [first, second])
+    clha.write_jsonl(tmp_path / "extra.jsonl", [{"id": second["id"], "response": "Ask Ann."}])
+    flags = ["--data", tmp_path / "two.jsonl", "--extra", tmp_path / "extra.jsonl"]
+    augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
+    one, two = clha.read_records(tmp_path / "out.jsonl")
+    assert one["responses"] == first["responses"]
+    assert two["responses"] == [*second["responses"], "Ask Ann."]
+    clha.write_jsonl(tmp_path / "extra.jsonl", [{"id": "nobody", "response": "Ask Ann."}])
+    with pytest.raises(clha.InputError, match=r'extra.jsonl, line 1: needs "response"'):
+        augment(monkeypatch, *flags, "--out", tmp_path / "other.jsonl")
+    with pytest.raises(clha.InputError, match=r"out.jsonl: exists already"):
+        augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
+
+
+def test_sampled_replies_are_the_same_after_a_stop(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [row for _, row in clha.read_jsonl(world / "rm_train.jsonl")][:300]  # a part of 256, and 44
+    clha.write_jsonl(tmp_path / "data.jsonl", records)
+    flags = ["--data", tmp_path / "data.jsonl", "--model", world / "init", "--max_new_tokens", 3]
+    augment(monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for record, longer in zip(records, clha.read_records(tmp_path / "whole.jsonl"), strict=True):
+        assert longer["responses"][:2] == record["responses"] and longer["prompt"] == record["prompt"]
+    assert sum(len(r["responses"]) == 3 for r in clha.read_records(tmp_path / "whole.jsonl")) > 200
+
+    (tmp_path / "again.jsonl.partial").write_bytes(whole[: len(whole) * 9 // 10])  # stopped within a line
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr("torch.manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    augment(monkeypatch, *flags, "--out", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    assert seeds == [42 + 256]  # the first part was not sampled again
+
+    (tmp_path / "third.jsonl.partial").write_bytes(b'{"prompt": []}\n' * 256)
+    with pytest.raises(clha.InputError, match=r"third.jsonl.partial: left by a run on other data"):
+        augment(monkeypatch, *flags, "--out", tmp_path / "third.jsonl")
