@@ -7,7 +7,7 @@ first taken within each seed.
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,9 @@ class Kind:
         values = [scores[name] for scores in self.find(settings).values() if name in scores]
         return mean_of(values) if values else None
 
-    def difference(self, a: dict[str, Any], b: dict[str, Any] | None, name: str = "gold") -> Mean | None:
+    def difference(
+        self, a: dict[str, Any] | None, b: dict[str, Any] | None, name: str = "gold"
+    ) -> Mean | None:
         """Score of row a minus that of row b, paired by seed."""
         first, second = self.find(a), self.find(b)
         both = sorted(first.keys() & second.keys())
@@ -108,15 +110,20 @@ def rows_of(length: int) -> dict[str, dict[str, Any] | None]:
     return {"base": None} | study.methods(length) | study.RLHF | study.ABLATIONS | study.RELEASE
 
 
-def main_table(kind: Kind, scores: Iterable[str], by: str) -> str:
-    """Table 2: each row's scores, and CLHA minus it by the score `by`."""
-    lines = [["method", *(SCORES[name] for name in scores), f"CLHA minus it, {SCORES[by]}", "seeds"]]
-    for name, settings in rows_of(kind.length).items():
-        if (value := kind.score(settings, by)) is not None:
-            difference = "" if name == "CLHA" else signed(kind.difference({}, settings, by))
-            label = f"**{name}**" if name == "CLHA" else name
-            cells = [cell(kind.score(settings, score)) for score in scores]
-            lines.append([label, *cells, difference, str(value.seeds)])
+def main_table(kind: Kind, by: str) -> str:
+    """Table 2, and CLHA minus each row by the score `by`.
+
+    Rewards are given as what they are above the base model's: each judge has a zero of its own.
+    """
+    names = [name for name in SCORES if kind.score(None, name)]
+    titles = [f"{SCORES[name]} over base" if name == "reward" else SCORES[name] for name in names]
+    lines = [["method", *titles, f"CLHA minus it, {SCORES[by]}", "seeds"]]
+    for row, settings in rows_of(kind.length).items():
+        if value := kind.score(settings, by):
+            gain = signed(kind.difference(settings, None, "reward")) if settings is not None else ""
+            cells = [gain if name == "reward" else cell(kind.score(settings, name)) for name in names]
+            difference = "" if row == "CLHA" else signed(kind.difference({}, settings, by))
+            lines.append([f"**{row}**" if row == "CLHA" else row, *cells, difference, str(value.seeds)])
     return people.markdown(lines)
 
 
@@ -261,8 +268,8 @@ def claims(kinds: dict[int, dict[float, Kind]]) -> str:
     add("CLHA before RLHF (Table 2)", lambda kind: kind.difference({}, study.RLHF["RLHF"]))
     add("CLHA before DPO (not in the paper)", lambda kind: kind.difference({}, rows["DPO"]))
     for name, settings in study.ABLATIONS.items():
-        part = name.removeprefix("CLHA w/o ")
-        add(f"the {part} is worth something (Table 3)", lambda kind, s=settings: kind.difference({}, s))
+        part = {"rescore": "rescoring"}.get(name.removeprefix("CLHA w/o "), f"the {name[9:]}")
+        add(f"{part} is worth something (Table 3)", lambda kind, s=settings: kind.difference({}, s))
     three = study.methods(3)
     for name in ("PRO", "SFT", "DPO"):
         claim = f"CLHA before {name}, three replies"
@@ -302,6 +309,7 @@ by a reward model that no training saw. Where the two disagree, gold is right.
 On the toy world, by gold reward. *Holds* and *fails*: the interval of the difference leaves out zero.
 """
 
+READING = Path("docs/study/reading.md")  # what people made of the numbers, for those runs
 LIKELIHOOD_TEXT = """## Likelihoods over training
 
 Of the best and the worst dev reply by reward, in nats a token, mean over seeds. Where both fall while the
@@ -336,8 +344,7 @@ def real_section(out: Path, kind: Kind) -> list[str]:
     base, judge = (json.loads((out / f"real/{name}/training.json").read_text()) for name in ("base", "judge"))
     facts = study.REAL | sizes | {"queries": sum(sizes.values()), "millions": base["parameters"] / 1e6}
     facts |= {name: base[name] for name in ("steps", "loss")} | {n: judge[n] for n in ("accuracy", "pairs")}
-    table = main_table(kind, [name for name in SCORES if name != "gold"], "reward")
-    return [REAL_TEXT.format(**facts), table, REAL_LIMITS]
+    return [REAL_TEXT.format(**facts), main_table(kind, "reward"), REAL_LIMITS]
 
 
 def write(out: Path) -> None:
@@ -355,10 +362,11 @@ def write(out: Path) -> None:
     text = [
         TOY_TEXT,
         claims(kinds),
+        READING.read_text() if READING.is_file() else "",
         "## Table 2 on the toy world\n\n20 % wrong labels, two replies a query:\n",
-        main_table(main, SCORES, "gold"),
+        main_table(main, "gold"),
         "The same with three replies a query:\n",
-        main_table(kinds[3][study.NOISE], SCORES, "gold"),
+        main_table(kinds[3][study.NOISE], "gold"),
         "## Noise\n",
         plot_noise(kinds, pictures / "noise.png"),
         "Gold reward, two replies a query:\n",

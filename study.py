@@ -309,8 +309,12 @@ def plan(noise: float, length: int) -> list[dict[str, Any]]:
             *online,
             *(swept + list(RELEASE.values()) if length == 2 else []),
         ]
-    main = [rows[name] for name in ("SFT", "RRHF, CLHA's SFT", "PRO", "DPO", "CLHA")]
-    return main if length == 3 else [*main, rows["RRHF"], *ABLATIONS.values()]
+    if length == 3:
+        return [rows[name] for name in ("SFT", "PRO", "CLHA")]
+    return [
+        *(rows[name] for name in rows if name not in ("CoH", "PRO w/o temperatures")),
+        *ABLATIONS.values(),
+    ]
 
 
 def run_toy(args: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def test_the_report_says_what_the_scores_say(tmp_path: Path, monkeypatch: pytest
     assert "| CLHA before DPO (not in the paper) | **fails**: it is the other way round (-0.50" in text
     assert "| the margin is worth something (Table 3) | **not shown** (-0.02" in text
     assert "| CLHA before SFT (Table 2) | not run |" in text
-    assert "| **CLHA** | 3.00 ± 1.97 |" in text  # 2.78 x 1.58 / sqrt(5)
+    assert "| **CLHA** | 3.00 ± 1.97 | +0.00 ± 0.00 |" in text  # 2.78 x 1.58 / sqrt(5)
     runs = [row for _, row in clha.read_jsonl("docs/study/runs.jsonl")]
     assert len(runs) == 25 and {row["seed"] for row in runs} == set(range(5))
     for name in ("noise", "sweeps", "likelihoods"):
