@@ -107,7 +107,7 @@ class Config:
     save_every: int = option(0, "steps between two folders step-N (release: 600); 0: only final/")
 
 
-# `default` was chosen by measurement on the toy world (bench/recipe.py). `release` is train_hh.sh, where one
+# `default` was chosen by measurement on the toy world (RESULTS.md). `release` is train_hh.sh, where one
 # literal 3 is both the margin and the reward gap.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},

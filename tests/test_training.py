@@ -177,16 +177,17 @@ def test_a_run_that_diverges_says_so(world: Path, data: Path, tmp_path: Path) ->
     assert not (tmp_path / "run" / "final").exists()
 
 
-@pytest.mark.parametrize("reduction", ["query", "release"])
+@pytest.mark.parametrize("settings", [{}, {"reduction": "release"}, {"objective": "dpo"}])
 def test_two_processes_train_like_one(
-    world: Path, data: Path, one_process: Path, tmp_path: Path, reduction: str
+    world: Path, data: Path, one_process: Path, tmp_path: Path, settings: dict[str, str]
 ) -> None:
-    printed = program(world, data, tmp_path / "two", "--reduction", reduction, processes=2)
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    printed = program(world, data, tmp_path / "two", *flags, processes=2)
     assert "on each of 2 process(es)" in printed
     one = one_process
-    if reduction == "release":
+    if settings:
         one = tmp_path / "one"
-        clha.train(config(world, data, one, reduction=reduction))
+        clha.train(config(world, data, one, **settings))
     assert_same_weights(tmp_path / "two", one, world)
     for ours, theirs in zip(log(tmp_path / "two"), log(one), strict=True):
         del ours["tokens_per_second"], theirs["tokens_per_second"]
