@@ -74,9 +74,9 @@ def pro(
 ) -> Tensor:
     """PRO: reply k is set against all that are worse, for k = 1 ... l - 1, plus the SFT term.
 
-    With temperatures, 1 / (r_k - r_j), as in their code: p_j counts (r_k - r_j) times, and p_k as often as
-    the largest of those. Their code adds 1e-10 inside the logarithm, which
-    rules the loss when all of it is small; here the logarithm is a stable one.
+    The temperatures, 1 / (r_k - r_j), are here the factors that they are in their code: p_j counts r_k - r_j
+    times, and p_k as often as the largest of those. Their code adds 1e-10 inside the logarithm, which rules
+    the loss when the rest of it is small; here the logarithm is a stable one.
     """
     present, imitation = rewards.isfinite(), sft_weight * best_nll(sum_logps, rewards)
     if not temperatures:

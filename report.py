@@ -15,6 +15,7 @@ import clha
 import people
 import reward
 import study
+import toy
 from clha import InputError
 
 Runs = dict[int, dict[str, float]]  # seed -> score -> value, of one run in one kind of world
@@ -143,6 +144,26 @@ def ablation_table(kinds: dict[str, Kind]) -> str:
     for name, settings in (study.ABLATIONS | study.RELEASE).items():
         lines.append([name, *(signed(kind.difference({}, settings)) for kind in kinds.values())])
     return people.markdown(lines)
+
+
+def anatomy_table(kind: Kind) -> str:
+    """What the replies of each row are made of, means over replies and then over seeds."""
+    lines: list[list[str]] = []
+    for name, settings in (rows_of(kind.length) | {"CLHA w/o SFT": {"alpha": 0.0}}).items():
+        run = "base" if settings is None else study.run_name(settings, kind.length)
+        paths = [folder / run / "eval/responses.jsonl" for folder in kind.folders.values()]
+        seeds = [
+            [toy.anatomy(row["prompt"], row["response"]) for _, row in clha.read_jsonl(path)]
+            for path in paths if path.is_file()
+        ]  # fmt: skip
+        if seeds:
+            lines = lines or [["method", *seeds[0][0]]]
+            means = [
+                statistics.mean(statistics.mean(r[part] for r in rows) for rows in seeds)
+                for part in lines[0][1:]
+            ]
+            lines.append([name, *(f"{value:.2f}" for value in means)])
+    return people.markdown(lines) if lines else ""
 
 
 def sweep_table(kind: Kind) -> str:
@@ -365,7 +386,10 @@ def write(out: Path) -> None:
         READING.read_text() if READING.is_file() else "",
         "## Table 2 on the toy world\n\n20 % wrong labels, two replies a query:\n",
         main_table(main, "gold"),
-        "The same with three replies a query:\n",
+        "What a reply is made of: words, right steps out of three, how often it has the world's usual mistake, "
+        "and sentences that the world's grammar never says.\n",
+        anatomy_table(main),
+        "Three replies a query:\n",
         main_table(kinds[3][study.NOISE], "gold"),
         "## Noise\n",
         plot_noise(kinds, pictures / "noise.png"),

@@ -182,6 +182,21 @@ def gold(prompt: list[Turn], response: str) -> float:
     return min(max(score, LOWEST), HIGHEST) if seen else LOWEST
 
 
+def anatomy(prompt: list[Turn], response: str) -> dict[str, float]:
+    """What a reply is made of: its words, right steps (of 3), usual mistake (0 or 1), and invented sentences.
+
+    An invented sentence is one that the grammar never says: the mark of a model that has lost the language.
+    """
+    task, said = task_of(prompt), sentences(response)
+    known = _ALL_ADVICE | _MANNER_OF.keys()
+    return {
+        "words": len(response.split()),
+        "right steps": sum(step.lower() in said for step in task.steps) if task else 0,
+        "usual mistake": float(task is not None and task.mistake.lower() in said),
+        "invented sentences": sum(sentence not in known for sentence in said),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 3. Sampling
 

@@ -249,3 +249,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(FileExistsError, match=re.escape(str(out))):
         toy.write(out, 1, **SMALL)
     assert contents(out) == before
+
+
+def test_the_anatomy_of_a_reply_by_hand() -> None:
+    prompt = [{"role": "user", "content": "How do I make tea?"}]
+    reply = "Good question. First, boil the water. Then add cold milk. Sing to it."
+    assert toy.anatomy(prompt, reply) == {
+        "words": 13,
+        "right steps": 1,
+        "usual mistake": 1.0,
+        "invented sentences": 1,
+    }
