@@ -386,8 +386,8 @@ def write(out: Path) -> None:
         READING.read_text() if READING.is_file() else "",
         "## Table 2 on the toy world\n\n20 % wrong labels, two replies a query:\n",
         main_table(main, "gold"),
-        "What a reply is made of: words, right steps out of three, how often it has the world's usual mistake, "
-        "and sentences that the world's grammar never says.\n",
+        "What a reply is made of: words, right steps out of three, the share that has the usual mistake, "
+        "and sentences that the grammar of the world never says.\n",
         anatomy_table(main),
         "Three replies a query:\n",
         main_table(kinds[3][study.NOISE], "gold"),
