@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clha
+from clha import InputError
 
 GOOD, BAD = "Good answer:", "Bad answer:"  # what chain of hindsight calls the replies
 
@@ -93,7 +94,10 @@ def pro(
 
 
 def coh(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
-    """Chain of hindsight: plain SFT on each text that `hindsight` made, summed over the texts of a query."""
+    """Chain of hindsight: plain SFT on each text that `hindsight` made, summed over the texts of a query.
+
+    Their code leaves the words "Good answer:" out of the loss; here they are tokens like the others.
+    """
     return -sft_weight * (sum_logps * rewards.isfinite()).sum(1)
 
 
@@ -111,6 +115,13 @@ def dpo(
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {"sft": sft, "rrhf": rrhf, "pro": pro, "coh": coh, "dpo": dpo}
 
+# Settings of clha.Config that only some objectives read, and which of them read which.
+OPTIONS = {"rrhf": ("sft_reduction",), "pro": ("temperatures",), "dpo": ("beta",)}
+NOT_SHARED = {
+    "margin", "min_reward_gap", "reduction", "sft_reduction", "sft_target", "rescore", "contrast",
+    "temperatures", "beta",
+}  # fmt: skip
+
 # ------------------------------------------------------------------------------------------------------------
 # What clha.py calls
 
@@ -120,11 +131,22 @@ def hindsight(record: clha.Record) -> clha.Record:
 
     `evaluate.py --hindsight` asks the trained model for what comes after "Good answer:".
     """
-    replies, rewards = record["responses"], record["rewards"]
-    good = f"{GOOD} {replies[rewards.index(max(rewards))]}"
-    bad = f"{BAD} {replies[rewards.index(min(rewards))]}"
+    rewards = record["rewards"]
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])  # the first of equals is the better one
+    good, bad = f"{GOOD} {record['responses'][order[0]]}", f"{BAD} {record['responses'][order[-1]]}"
     texts = [f"{good}\n\n{bad}", f"{bad}\n\n{good}"]
     return record | {"responses": texts, "rewards": [max(rewards)] * 2, "chosen": 0}
+
+
+def prepare(records: list[clha.Record], config: clha.Config) -> list[clha.Record]:
+    """The records as --objective needs them. Raises InputError for a flag that it does not read."""
+    others = NOT_SHARED - {*OPTIONS.get(config.objective, ())}
+    unread = sorted(name for name in others if getattr(config, name) != getattr(clha.Config, name))
+    if unread:
+        raise InputError(f"--objective {config.objective}: has no use for {', '.join(unread)}")
+    if config.objective == "dpo" and config.beta <= 0:
+        raise InputError(f"--beta {config.beta:g}: must be above 0")
+    return [hindsight(record) for record in records] if config.objective == "coh" else records
 
 
 def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> Callable[..., Any]:
@@ -133,8 +155,7 @@ def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> 
     For DPO the untrained `model` is asked first for its log-probs of all examples (its frozen self), which
     the examples keep as "reference_logps".
     """
-    options = {"rrhf": ["sft_reduction"], "pro": ["temperatures"], "dpo": ["beta"]}.get(config.objective, [])
-    settings = {name: getattr(config, name) for name in options}
+    settings = {name: getattr(config, name) for name in OPTIONS.get(config.objective, ())}
     objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
     if config.objective == "dpo":
         add_reference(model, examples, config.pack_tokens)
@@ -153,6 +174,7 @@ def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> 
 @torch.no_grad()
 def add_reference(model: Any, examples: list[clha.Example], pack_tokens: int) -> None:
     """Adds to each example "reference_logps", the sum_logps of its replies under `model` as it is now."""
+    model.eval()  # without dropout
     rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     found: dict[int, list[float]] = {}
     shares = clha.deal([clha.size(example) for example in examples], pack_tokens, processes)[rank::processes]
@@ -165,3 +187,4 @@ def add_reference(model: Any, examples: list[clha.Example], pack_tokens: int) ->
         dist.all_gather_object(everywhere, found)
     for i, logps in ((i, logps) for share in everywhere for i, logps in share.items()):
         examples[i]["reference_logps"] = logps
+    model.train()

@@ -73,8 +73,9 @@ class Config:
     objective: Literal["clha", "sft", "rrhf", "pro", "coh", "dpo"] = option(
         "clha", "or another of the paper's table, on the same data and trainer (baselines.py)")
     margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives none, the release has 3")
-    min_reward_gap: float = option(1.0, "k of Eq. 5: a pair trains if its rewards differ by more; release: 3")
-    alpha: float | None = option(None, "weight of L_sft; if not given 0.05 (l - 1)^2, Section 3.3")
+    min_reward_gap: float = option(0.5, "k of Eq. 5: a pair trains if its rewards differ by more; release: 3")
+    alpha: float | None = option(
+        None, "weight of L_sft; if not given 0.05 (l - 1)^2, Section 3.3 (baselines.py has the others')")
     beta: float = option(0.1, "of DPO")
     temperatures: bool = option(True, "PRO without them: Eq. 2")
     reduction: Literal["query", "release"] = option(
@@ -107,8 +108,8 @@ class Config:
     save_every: int = option(0, "steps between two folders step-N (release: 600); 0: only final/")
 
 
-# `default` was chosen by measurement on the toy world (RESULTS.md). `release` is train_hh.sh, where one
-# literal 3 is both the margin and the reward gap.
+# `default` was chosen by measurement on the toy world (the sweeps of RESULTS.md). `release` is train_hh.sh,
+# where one literal 3 is both the margin and the reward gap.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "release": {"margin": 3.0, "min_reward_gap": 3.0, "reduction": "release", "save_every": 600},
@@ -256,6 +257,9 @@ def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
+MORE = {"reference_logps"}  # what an example may have for its objective beside rewards, a number a reply
+
+
 def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
     """B queries of at most l replies as one row of N tokens; M of them belong to replies.
 
@@ -290,7 +294,7 @@ def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
         "predict_at": tensor(predict_at), "reply": tensor(reply), "lengths": lengths.to(device),
         "last": last.to(device), "rewards": reply_matrix(examples).to(device), "masks": masks,
         "chosen": tensor([example["chosen"] for example in examples]),
-        "more": {n: reply_matrix(examples, n).to(device) for n in ("reference_logps",) if n in examples[0]},
+        "more": {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()},
     }
 
 
@@ -542,9 +546,9 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Config)
     scored = config.rescore or config.ranking == "reward" or config.objective != "clha"
     need = {"rewards": scored, "chosen": config.sft_target == "chosen"}
     records = read_records(path, [name for name, needed in need.items() if needed])
-    if config.objective == "coh":
+    if config.objective != "clha":
         import baselines
-        records = map(baselines.hindsight, records)
+        records = baselines.prepare(records, config)
     bar = tqdm(records, desc=f"tokens of {Path(path).name}", disable=None if dist.get_rank() == 0 else True)
     return [encode(r, tokenizer, config.max_length, config.max_prompt_length, config.ranking) for r in bar]
 

@@ -68,7 +68,9 @@ def generate(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos = tokenizer.eos_token_id
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": eos}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    # What is not set, transformers takes from the model's folder; and of samples, the 50 likeliest tokens.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings |= {"repetition_penalty": 1.0} | (sampling if temperature else {"do_sample": False})
     replies = [""] * len(ids)
     with tqdm(total=len(ids), desc="generate", disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
@@ -81,7 +83,7 @@ def generate(
             }
             output = model.generate(
                 **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
-                generation_config=GenerationConfig(**sampling, **settings),
+                generation_config=GenerationConfig(**settings),
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
@@ -308,7 +310,10 @@ def main() -> None:
         args.run(args)
         return
     if args.command == "table":
-        summaries = {Path(folder).name: read_summary(Path(folder)) for folder in args.folders}
+        same_name = len({Path(folder).name for folder in args.folders}) < len(args.folders)
+        summaries = {
+            folder if same_name else Path(folder).name: read_summary(Path(folder)) for folder in args.folders
+        }
         if args.total:
             summaries = {name: {"Total": summary["Total"]} for name, summary in summaries.items()}
         print(table(summaries))
@@ -320,6 +325,8 @@ def main() -> None:
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
         clha.refuse(f"the following arguments are required: {', '.join(missing)}")
 
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise InputError("--batch_size and --max_new_tokens must be 1 or more")
     records, out = clha.read_records(args.data), Path(args.out)
     single = len(args.model) == 1
     folders = {path: out if single else out / Path(path).name for path in args.model}

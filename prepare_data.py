@@ -10,6 +10,7 @@ beside the paper's Table 1, and what was left out and why. No dev query is in th
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -219,26 +220,30 @@ def add_replies(record: Record, replies: list[str]) -> Record:
 
 def read_extra(path: str, records: list[Record]) -> list[list[str]]:
     """The replies {"id", "response"} that a file has for each record: any number, in the file's order."""
-    found: dict[str, list[str]] = {str(record.get("id")): [] for record in records}
+    ids = [record.get("id") for record in records]
+    found: dict[str, list[str]] = {i: [] for i in ids if isinstance(i, str)}
+    if len(found) < len(ids):
+        raise InputError(
+            '--data: each record needs an "id" of its own, a text, to be given replies of a file'
+        )
     for number, row in clha.read_jsonl(path):
-        if not isinstance(row.get("response"), str) or row.get("id") not in found:
+        texts = isinstance(row.get("response"), str) and isinstance(row.get("id"), str)
+        if not texts or row["id"] not in found:
             raise InputError(f'{path}, line {number}: needs "response", a reply, and the "id" of a record')
         found[row["id"]].append(row["response"])
-    return [found[str(record.get("id"))] for record in records]
+    return list(found.values())
 
 
 def sample_replies(records: list[Record], args: argparse.Namespace, out: Path) -> None:
     """Writes the records, each with replies that a model samples; goes on from where it was stopped.
 
-    Whole lines gather in `out`. Each part of 256 records has its own seed, so that a stop changes nothing.
+    Whole lines gather in `out`, whose name tells data and settings apart. Each part of 256 records has a seed
+    of its own, so that a stop changes nothing.
     """
     import evaluate
 
     lines = out.read_bytes().split(b"\n")[:-1] if out.exists() else []  # what has no line end is torn
-    done = len(lines) // 256 * 256
-    for record, line in zip(records, lines[:done], strict=False):
-        if json.loads(line).get("prompt") != record["prompt"]:
-            raise InputError(f"{out}: left by a run on other data; remove it, or choose another --out")
+    done = min(len(lines), len(records)) // 256 * 256
     model, tokenizer = evaluate.load(args.model, clha.init_process()[2])
     with out.open("ab") as file, tqdm(total=len(records), initial=done, desc="sample", disable=None) as bar:
         file.truncate(sum(len(line) + 1 for line in lines[:done]))
@@ -270,14 +275,17 @@ def augment(args: argparse.Namespace) -> None:
         raise InputError(f"{out}: exists already; choose another --out")
     if bool(args.extra) == bool(args.model):
         raise InputError("either --model, to sample replies, or --extra, a file that has them, is needed")
-    if args.replies < 1 or args.temperature <= 0:
-        raise InputError("--replies must be 1 or more, --temperature above 0")
+    if min(args.replies, args.batch_size, args.max_new_tokens) < 1 or args.temperature <= 0:
+        raise InputError("--replies, --batch_size, --max_new_tokens must be 1 or more, --temperature above 0")
     if args.extra:
         extra = read_extra(args.extra, records)
         clha.write_jsonl(out, map(add_replies, records, extra))
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = out.with_name(out.name + ".partial")
+        what = json.dumps(
+            [records, args.model, args.replies, args.temperature, args.max_new_tokens, args.seed]
+        )
+        partial_path = out.with_name(f"{out.name}.{hashlib.sha256(what.encode()).hexdigest()[:8]}.partial")
         sample_replies(records, args, partial_path)
         partial_path.replace(out)
     lengths = Counter(len(record["responses"]) for record in clha.read_records(out))

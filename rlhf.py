@@ -5,11 +5,11 @@
 
 The paper's RLHF is PPO (Ouyang et al., 2022). Here it is RLOO (Ahmadian et al., 2024, arXiv:2402.14740):
 REINFORCE, whose baseline is the mean reward of the other replies to the same prompt. The model samples
-its own replies, so only the prompts of the records are read. With a low --kl_beta it comes to please the
-reward model alone: on the toy world, 0.05 raises the learned reward and lowers the gold reward.
+its own replies: of the records only the prompts are read. With a low --kl_beta it learns to please its judge.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +26,7 @@ from clha import InputError
 
 def prompt_text(dialogue: reward.Messages, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a prompt, or of its last tokens if it is long: TRL takes text, no ids."""
-    text = clha.render(dialogue)
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(text := clha.render(dialogue)).input_ids
     kept = clha.cut_prompt(ids, clha.Config.max_prompt_length, tokenizer.bos_token_id)
     return text if kept == ids else tokenizer.decode(kept, skip_special_tokens=True)
 
@@ -36,7 +35,6 @@ def reward_function(model: reward.RewardModel) -> Callable[..., list[float]]:
     """The reward model as TRL calls it: with the sampled texts, and the columns of the data by name."""
 
     def rewards(completions: list[str], dialogue: list[reward.Messages], **_: Any) -> list[float]:
-        # Cut as in the evaluation; a reply that is then empty gets, as there, what the model says of it.
         return model.score(dialogue, [evaluate.cut_reply(text) for text in completions])
 
     return rewards
@@ -49,6 +47,8 @@ def train(args: argparse.Namespace) -> None:
         from datasets import Dataset
     except ImportError:
         raise InputError("needs TRL: pip install .[rlhf]") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("runs as one process, without torchrun")
     final = Path(args.output_dir, "final")
     if final.exists():
         raise InputError(f"{final.parent}: holds a finished run (final/); choose another --output_dir")

@@ -5,7 +5,8 @@
     python study.py report                       RESULTS.md and its pictures from all runs that are finished
 
 Runs are paired: all objectives of a seed share its data, its base model and its reward models. A run that is
-finished is not made again, so a study that was stopped goes on where it was; seeds may run side by side.
+finished is not made again, so a study that was stopped goes on where it was. Seeds of the toy world may run side
+by side, each started by itself.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def methods(length: int) -> dict[str, dict[str, Any]]:
     }
 
 
-# TRL's, where it is installed; the price of a nat was chosen on a world that is not in the study.
+# TRL's, where it is installed; its KL coefficient was chosen on a world that is not in the study.
 RLHF: dict[str, dict[str, Any]] = {"RLHF": {"objective": "rlhf"}}
 RLHF_FLAGS = {"max_steps": 100, "learning_rate": 3e-4, "kl_beta": 0.15, "max_new_tokens": 64}
 ABLATIONS: dict[str, dict[str, Any]] = {  # the rows of Table 3
@@ -83,11 +84,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # the rows of Table 3
     "CLHA w/o contrast": {"contrast": False},
     "CLHA w/o margin": {"margin": 0.0},
 }
+CENTRE = {"min_reward_gap": 1.0}  # of the sweeps: the default that they were made to test, and moved to 0.5
 SWEEPS: dict[str, dict[float, dict[str, Any]]] = {  # one setting changed at a time
-    "margin": {value: {"margin": value} for value in (0.0, 0.1, 0.3, 1.0, 3.0)},
-    "reward gap": {value: {"min_reward_gap": value} for value in (0.0, 0.5, 1.0, 2.0)},
-    "weight of the summed SFT": {value: {"alpha": value} for value in (0.0, 0.01, 0.05, 0.2, 1.0)},
-    "weight of the mean SFT": {value: {"alpha": value, "sft_reduction": "mean"} for value in (0.2, 1.0, 5.0)},
+    "margin": {value: CENTRE | {"margin": value} for value in (0.0, 0.1, 0.3, 1.0, 3.0)},
+    "reward gap": {value: CENTRE | {"min_reward_gap": value} for value in (0.0, 0.5, 1.0, 2.0)},
+    "weight of the summed SFT": {value: CENTRE | {"alpha": value} for value in (0.0, 0.01, 0.05, 0.2, 1.0)},
+    "weight of the mean SFT": {
+        value: CENTRE | {"alpha": value, "sft_reduction": "mean"} for value in (0.2, 1.0, 5.0)
+    },
 }
 RELEASE = {"release's recipe": clha.RECIPES["release"] | {"save_every": 0}}
 NAMED_BY = {  # the settings that tell the runs of an objective apart
@@ -101,7 +105,10 @@ def run_name(settings: dict[str, Any], length: int) -> str:
     """The folder of a run: equal settings, equal name, so that rows of different tables share a run."""
     objective = settings.get("objective", "clha")
     values = {"alpha": 0.05 * (length - 1) ** 2} | settings
-    named = {key: values.get(key, getattr(clha.Config, key)) for key in NAMED_BY.get(objective, ())}
+    idle = {"min_reward_gap"} if not values.get("rescore", True) else set()
+    idle |= {"margin", "min_reward_gap", "reduction"} if not values.get("contrast", True) else set()
+    keys = [key for key in NAMED_BY.get(objective, ()) if key not in idle]
+    named = {key: values.get(key, getattr(clha.Config, key)) for key in keys}
     return " ".join(
         [
             objective,
@@ -122,7 +129,7 @@ def train(model: Path, data: Path, out: Path, **settings: Any) -> Path:
     config = clha.Config(str(model), str(data), str(out), **settings)
     if (out / "final").exists():
         found = json.loads((out / "config.json").read_text())
-        differing = [key for key, value in settings.items() if found.get(key) != value]
+        differing = [k for k, value in settings.items() if found.get(k) != value and k != "dev_data"]
         if differing:
             raise InputError(
                 f"{out}: holds a run of other settings ({', '.join(differing)}); choose another --out"
@@ -244,6 +251,8 @@ def write_halves(folder: Path, source: str) -> None:
     every = {prepare_data.same_query(record): record for records in splits.values() for record in records}
     records = list(every.values())
     random.Random(0).shuffle(records)
+    if len(records) < 1000:
+        raise InputError(f"{source}: has {len(records)} different queries; the study needs 1,000 or more")
     test, dev, rest = records[:400], records[400:480], records[480:]
     parts = {"train": rest[::2], "judge": rest[1::2], "dev": dev, "test": test}
     partial_folder = folder.with_name(folder.name + ".partial")

@@ -128,8 +128,7 @@ def test_dpo_of_an_unchanged_model_knows_nothing() -> None:
     assert loss.tolist() == pytest.approx([math.log(2)] * 2)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("temperatures", [True, False])
+@pytest.mark.parametrize(("name", "temperatures"), [*((name, True) for name in OBJECTIVES), ("pro", False)])
 def test_absent_replies_change_neither_value_nor_gradient(name: str, temperatures: bool) -> None:
     avg = torch.tensor([[-1.0, -0.5, 0.0]], requires_grad=True)  # the third is none: its reward is NaN
     rewards = torch.tensor([[1.0, 0.2, NAN]])
@@ -147,12 +146,12 @@ def test_absent_replies_change_neither_value_nor_gradient(name: str, temperature
     assert gradient[0].tolist() == pytest.approx(expected[0].tolist()) and expected[0, :2].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_descent_step_raises_the_best_reply(name: str) -> None:
+@pytest.mark.parametrize("name", ["rrhf", "pro", "dpo"])
+def test_the_ranking_term_alone_raises_the_better_reply_and_lowers_the_worse(name: str) -> None:
     avg = torch.tensor([[-2.0, -1.0]], requires_grad=True)
     more = {"reference_logps": torch.tensor([[-6.0, -3.0]])} if name == "dpo" else {}
-    OBJECTIVES[name](avg, 3 * avg, torch.tensor([[1.0, 0.0]]), sft_weight=0.1, **more).sum().backward()
-    assert avg.grad is not None and avg.grad[0, 0] < 0
+    OBJECTIVES[name](avg, 3 * avg, torch.tensor([[1.0, 0.0]]), sft_weight=0.0, **more).sum().backward()
+    assert avg.grad is not None and avg.grad[0, 0] < 0 < avg.grad[0, 1]
 
 
 def test_hindsight_writes_the_best_and_the_worst_reply_in_both_orders() -> None:
@@ -164,6 +163,45 @@ def test_hindsight_writes_the_best_and_the_worst_reply_in_both_orders() -> None:
     ]
     assert len(texts["rewards"]) == 2 and texts["chosen"] == 0
     assert record["responses"] == ["Okay.", "Bad.", "Fine."]  # as it was
+    tied = baselines.hindsight(record | {"rewards": [0.5, 0.5, 0.5]})["responses"]
+    assert tied[0] == "Good answer: Okay.\n\nBad answer: Fine."  # no reply is both
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "line"),
+    [
+        (
+            "sft",
+            {"margin": 1.0, "sft_target": "chosen"},
+            "--objective sft: has no use for margin, sft_target",
+        ),
+        ("pro", {"sft_reduction": "mean"}, "--objective pro: has no use for sft_reduction"),
+        ("coh", {"contrast": False}, "--objective coh: has no use for contrast"),
+        ("dpo", {"beta": 0.0}, "--beta 0: must be above 0"),
+    ],
+)
+def test_a_flag_that_an_objective_does_not_read_is_refused(
+    objective: str, settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(clha.InputError, match=line):
+        baselines.prepare([], clha.Config("", "", "", objective=objective, **settings))
+
+
+def test_the_reference_of_dpo_knows_no_dropout(world: Path, scored: Path, tmp_path: Path) -> None:
+    for path in (world / "init").iterdir():
+        text = path.read_bytes()
+        (tmp_path / path.name).write_bytes(
+            text.replace(b'"attention_dropout": 0.0', b'"attention_dropout": 0.5')
+        )
+    _, _, device = clha.init_process()
+    config = clha.Config(str(tmp_path), str(scored), "")
+    examples = clha.load_examples(str(scored), clha.load_tokenizer(config.model), config)[:4]
+    model = clha.load_model(str(tmp_path), device, torch.float32, False)
+    assert model.config.attention_dropout == 0.5 and model.training
+    baselines.add_reference(model, examples, 4096)
+    first = [example.pop("reference_logps") for example in examples]
+    baselines.add_reference(model, examples, 4096)
+    assert [example["reference_logps"] for example in examples] == first and model.training
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The study: what it names, refuses and concludes; and its runs on a world made small."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def test_equal_settings_share_a_run_and_others_do_not() -> None:
     rows = {**study.methods(2), **study.RLHF, **study.ABLATIONS, **study.RELEASE}
     assert len({study.run_name(settings, 2) for settings in rows.values()}) == len(rows)
     swept = [settings for sweep in study.SWEEPS.values() for settings in sweep.values()]
-    assert sum(study.run_name(settings, 2) == default for settings in swept) == 3  # one a panel
+    centre = study.run_name(study.CENTRE, 2)
+    assert sum(study.run_name(settings, 2) == centre for settings in swept) == 3  # one a panel
 
 
 def test_every_row_of_tables_2_and_3_is_planned() -> None:
@@ -74,10 +76,10 @@ def test_the_report_says_what_the_scores_say(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     report.write(Path("out"))
     text = Path("RESULTS.md").read_text()
-    assert "| CLHA before PRO (Table 2) | **holds** (+0.50 ± 0.00, 5 seeds) |" in text
-    assert "| CLHA before DPO (not in the paper) | **fails**: it is the other way round (-0.50" in text
-    assert "| the margin is worth something (Table 3) | **not shown** (-0.02" in text
-    assert "| CLHA before SFT (Table 2) | not run |" in text
+    assert "| CLHA beats PRO (Table 2) | **holds** (+0.50 ± 0.00, 5 seeds) |" in text
+    assert "| CLHA beats DPO (not a claim of the paper) | **fails**: it is the other way round (-0.50" in text
+    assert "| margin helps (Table 3) | **not shown** (-0.02" in text
+    assert "| CLHA beats SFT (Table 2) | not run |" in text
     assert "| **CLHA** | 3.00 ± 1.97 | +0.00 ± 0.00 |" in text  # 2.78 x 1.58 / sqrt(5)
     runs = [row for _, row in clha.read_jsonl("docs/study/runs.jsonl")]
     assert len(runs) == 25 and {row["seed"] for row in runs} == set(range(5))
@@ -150,8 +152,19 @@ def test_the_halves_of_the_real_text_share_no_query(shared: Path, tmp_path: Path
 
 def test_a_language_model_from_scratch_learns(world: Path, tmp_path: Path) -> None:
     records = clha.read_records(world / "train.jsonl")[:64]
-    study.train_language_model(records, tmp_path / "base", steps=3)
+    study.train_language_model(records, tmp_path / "base", steps=6)
     facts = json.loads((tmp_path / "base/training.json").read_text())
-    assert facts["steps"] == 3 and facts["loss"] < 7  # ln 12,288 is 9.4; the vocabulary is smaller here
+    words = len(clha.load_tokenizer(str(tmp_path / "base")))
+    assert (
+        facts["steps"] == 6 and facts["loss"] < math.log(words) - 1
+    )  # a model that knows nothing has ln words
     model = clha.load_model(str(tmp_path / "base"), clha.init_process()[2], torch.float32, False)
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
+
+
+def test_too_few_real_queries_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    row = {"prefix": ["<|prompter|>Hi<|assistant|>"], "suffix": ["a", "b"], "reward": [1.0, 0.0]}
+    clha.write_jsonl(tmp_path / "source/train.json", [row])
+    with pytest.raises(InputError, match=r"has 1 different queries; the study needs 1,000"):
+        study.write_halves(tmp_path / "data", str(tmp_path / "source"))
+    assert not (tmp_path / "data").exists()
