@@ -360,8 +360,8 @@ differ in the order of the data only: base model, judge and test items are share
 nothing of what another base model or judge would say.
 """
 
-REAL_LIMITS = """Most of the text is HH-RLHF's test split, scored by the larger, evaluation reward model; a few queries are the
-authors' dev items, scored by the smaller one. One reward gap serves both.
+REAL_LIMITS = """Most queries are of HH-RLHF's test split, scored by the larger, evaluation reward model;
+a few are the dev items of the release, scored by the smaller one. One reward gap serves both.
 
 What so small a model can show: that the whole path runs on real text, real rewards and long prompts, and how
 each objective moves a model's likelihoods and lengths. What it can't: whether replies get better. A model of

@@ -5,8 +5,8 @@
     python study.py report                       RESULTS.md and its pictures from all runs that are finished
 
 Runs are paired: all objectives of a seed share its data, its base model and its reward models. A run that is
-finished is not made again, so a study that was stopped goes on where it was. Seeds of the toy world may run side
-by side, each started by itself.
+finished is not made again, so a study that was stopped goes on where it was. Seeds of the toy world may be
+started side by side.
 """
 
 import argparse

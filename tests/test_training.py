@@ -119,7 +119,7 @@ def test_a_run_is_a_plain_training_loop(world: Path, data: Path, one_process: Pa
             sum_logps,
             batch["rewards"],
             margin=0.3,
-            min_reward_gap=1.0,
+            min_reward_gap=0.5,
             alpha=0.2,  # 0.05 (3 - 1)^2
         )
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_each_setting_of_the_method_reaches_the_loss(
     (batch,) = batches(world, data, config(world, data, tmp_path, max_steps=1))
     sum_logps, lengths = clha.sequence_logps(plain_model(world), batch)
     values = sum_logps / lengths.clamp(min=1), sum_logps, batch["rewards"]
-    usual = {"margin": 0.3, "min_reward_gap": 1.0, "alpha": 0.2}
+    usual = {"margin": 0.3, "min_reward_gap": 0.5, "alpha": 0.2}
     if "target" in changed:
         changed = {"target": batch["chosen"]}
     expected, usually = (clha.clha_loss(*values, **kwargs)[0].item() for kwargs in (usual | changed, usual))
