@@ -15,6 +15,7 @@ import clha
 import evaluate
 import prepare_data
 import reward
+import rlhf
 import study
 
 PROGRAMS: dict[str, Callable[[], None]] = {
@@ -23,6 +24,7 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "prepare_data.py": prepare_data.main,
     "evaluate.py": evaluate.main,
     "study.py": study.main,
+    "rlhf.py": lambda: rlhf.train(rlhf.parse_args(sys.argv[1:])),
 }
 
 GOOD = {"prompt": [{"role": "user", "content": "How?"}], "responses": ["So.", "No."], "rewards": [0.5, -1.0]}
@@ -110,8 +112,13 @@ CASES = [
     (AUGMENT, GOOD, "either --model, to sample replies, or --extra"),
     (AUGMENT + " --model {model} --extra {file}", GOOD, "either --model, to sample replies, or --extra"),
     (AUGMENT + " --model nowhere", GOOD, "nowhere: no such model folder"),
-    (AUGMENT + " --model {model} --replies 0", GOOD, "--replies must be 1 or more"),
-    (AUGMENT + " --extra {file}", GOOD, 'data.jsonl, line 1: needs "response"'),
+    (AUGMENT + " --model {model} --replies 0", GOOD, "must be 1 or more, --temperature above 0"),
+    (AUGMENT + " --extra {file}", GOOD | {"id": "a"}, 'data.jsonl, line 1: needs "response"'),
+    (AUGMENT + " --extra {file}", GOOD, 'each record needs an "id" of its own'),
+    (CLHA + " --objective sft --margin 1", GOOD, "--objective sft: has no use for margin"),
+    (CLHA + " --objective dpo --beta 0", GOOD, "--beta 0: must be above 0"),
+    (EVALUATE + " --batch_size 0", GOOD, "--batch_size and --max_new_tokens must be 1 or more"),
+    ("rlhf.py --model {model}", "", "required: --train_data"),
     ("prepare_data.py augment --data {file} --extra {file} --out {empty}", GOOD, "exists already"),
     (RESPONSES, GOOD, 'data.jsonl, line 1: needs "id"'),
     (RESPONSES, GOOD | {"id": "a", "response": "So."}, "has 2 outputs"),
