@@ -252,7 +252,8 @@ def encode(
 
 
 def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
-    """Rewards (B, l) of B queries: NaN where a query has fewer than l replies, 0 if it is not scored."""
+    """Rewards (B, l) of B queries, or other numbers that `name` has: NaN where a query has fewer than l
+    replies, 0 if it is not scored."""
     rows = [torch.tensor(e[name] or [0] * len(e["response_ids"]), dtype=torch.float32) for e in examples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 

@@ -279,6 +279,7 @@ def tally(args: argparse.Namespace) -> None:
     if args.plot:
         plot_shares(summary, key["models"], args.plot)
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text, encoding="utf-8")
 
 
