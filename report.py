@@ -5,6 +5,7 @@ follows from an interval. Intervals are 95 % of a mean over seeds (Student's t),
 first taken within each seed.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -168,6 +169,48 @@ def anatomy_table(kind: Kind) -> str:
             ]
             lines.append([name, *(f"{value:.2f}" for value in means)])
     return people.markdown(lines) if lines else ""
+
+
+def rescoring_table(kinds: dict[float, Kind]) -> str:
+    """What rescoring sees of the training data: whether pairs it keeps are in their true order, and whether
+    the best reply is a good one (gold above 0) where the gate is open. Means over seeds."""
+    lines = [["wrong labels", "reward model agrees with labels", "mean reward (sd 1)", "pairs kept", "in true order",
+              "dropped pairs: in true order", "gate open", "best reply good", "same, gate open"]]  # fmt: skip
+    for noise, kind in kinds.items():
+        found: list[dict[str, float]] = []
+        for folder in kind.folders.values():
+            if not (folder / "train.jsonl").is_file():
+                continue
+            training = json.loads((folder.parent / "rm_train/training.json").read_text())
+            found.append({"accuracy": training["accuracy"], "mean": training["mean_reward"]})
+            found[-1] |= rescoring(clha.read_records(folder / "train.jsonl"))
+        if found:
+            means = {name: statistics.mean(row[name] for row in found) for name in found[0]}
+            cells = [f"{value:.2f}" if name == "mean" else f"{value:.0%}" for name, value in means.items()]
+            lines.append([f"{noise:.0%}", *cells])
+    return people.markdown(lines)
+
+
+def rescoring(records: list[clha.Record]) -> dict[str, float]:
+    """The shares that `rescoring_table` shows, of scored toy records. Pairs of equal gold are left out."""
+    kept, dropped, good, good_open = [], [], [], []
+    for record in records:
+        golds = [toy.gold(record["prompt"], reply) for reply in record["responses"]]
+        ranked = sorted(zip(record["rewards"], golds, strict=True), reverse=True)
+        for (r, gold), (other_r, other_gold) in itertools.combinations(ranked, 2):
+            if gold != other_gold:
+                (kept if r - other_r > clha.Config.min_reward_gap else dropped).append(gold > other_gold)
+        good.append(ranked[0][1] > 0)
+        if ranked[0][0] > 0:
+            good_open.append(good[-1])
+    return {
+        "kept": len(kept) / (len(kept) + len(dropped)),
+        "kept right": statistics.mean(kept),
+        "dropped right": statistics.mean(dropped),
+        "open": len(good_open) / len(good),
+        "good": statistics.mean(good),
+        "good where open": statistics.mean(good_open),
+    }
 
 
 def sweep_table(kind: Kind) -> str:
@@ -413,6 +456,8 @@ def write(out: Path) -> None:
         noise_table(kinds[3]),
         "## Table 3: what each part is worth\n\nGold reward, paired:\n",
         ablation_table(columns),
+        "What rescoring sees of the training data, two replies a query:\n",
+        rescoring_table(kinds[2]),
         "## Sweeps\n\nOne setting at a time, 20 % wrong labels, two replies.\n",
         plot_sweeps(main, pictures / "sweeps.png"),
         sweep_table(main),

@@ -168,3 +168,18 @@ def test_too_few_real_queries_are_refused_and_nothing_is_written(tmp_path: Path)
     with pytest.raises(InputError, match=r"has 1 different queries; the study needs 1,000"):
         study.write_halves(tmp_path / "data", str(tmp_path / "source"))
     assert not (tmp_path / "data").exists()
+
+
+def test_what_rescoring_sees_by_hand() -> None:
+    prompt = [{"role": "user", "content": "How do I make tea?"}]
+    good = "Boil the water. Add the tea leaves. Wait four minutes."  # gold -2 + 4.5 = 2.5
+    poor = "Boil the water."  # gold -0.5
+    records = [
+        {"prompt": prompt, "responses": [good, poor], "rewards": [2.0, 0.0]},  # kept, right, open
+        {"prompt": prompt, "responses": [good, poor], "rewards": [0.1, 0.2]},  # dropped, wrong, open
+        {"prompt": prompt, "responses": [good, poor], "rewards": [-1.0, -3.0]},  # kept, right, shut
+    ]
+    assert report.rescoring([*records, records[0]]) == {
+        "kept": 0.75, "kept right": 1.0, "dropped right": 0.0, "open": 0.75, "good": 0.75,
+        "good where open": pytest.approx(2 / 3),
+    }  # fmt: skip
