@@ -174,8 +174,9 @@ def anatomy_table(kind: Kind) -> str:
 def rescoring_table(kinds: dict[float, Kind]) -> str:
     """What rescoring sees of the training data: whether pairs it keeps are in their true order, and whether
     the best reply is a good one (gold above 0) where the gate is open. Means over seeds."""
-    lines = [["wrong labels", "reward model agrees with labels", "mean reward (sd 1)", "pairs kept", "in true order",
-              "dropped pairs: in true order", "gate open", "best reply good", "same, gate open"]]  # fmt: skip
+    titles = ["wrong labels", "reward model agrees with labels", "mean reward (sd 1)", "pairs kept"]
+    titles += ["in true order", "dropped: in true order", "gate open", "best reply good", "same, gate open"]
+    lines = [titles]
     for noise, kind in kinds.items():
         found: list[dict[str, float]] = []
         for folder in kind.folders.values():
