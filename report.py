@@ -254,16 +254,17 @@ def plot_noise(kinds: dict[int, dict[float, Kind]], path: Path) -> str:
     """Gold reward against the share of wrong labels, a panel a length of rankings."""
     pyplot = reward.import_pyplot()
     figure, all_axes = pyplot.subplots(1, len(kinds), figsize=(10, 3.8), sharey=True, layout="constrained")
+    colours = {name: f"C{i % 10}" for i, name in enumerate(rows_of(2))} | {"CLHA": "black", "base": "0.7"}
     for axes, (length, by_noise) in zip(all_axes, kinds.items(), strict=True):
         for name, settings in rows_of(length).items():
             points = [(noise, value) for noise, kind in by_noise.items() if (value := kind.score(settings))]
-            if len(points) > 1 and name != "RRHF":
+            if len(points) > 1:
                 noises, values = [noise for noise, _ in points], [value for _, value in points]
-                style = {"CLHA": {"linewidth": 3, "color": "black", "zorder": 5}, "base": {"color": "0.7"}}
-                dashed = {"linestyle": "--"} if name.startswith("CLHA w/o") else {}
+                style = {"linewidth": 3, "zorder": 5} if name == "CLHA" else {}
+                style |= {"linestyle": "--"} if name.startswith("CLHA w/o") else {}
                 means, halves = [v.mean for v in values], [v.half if v.seeds > 1 else 0 for v in values]
-                axes.errorbar(noises, means, halves, label=name, marker="o", markersize=4, capsize=2,
-                              **style.get(name, {}), **dashed)  # fmt: skip
+                style |= {"color": colours[name], "marker": "o", "markersize": 4, "capsize": 2}
+                axes.errorbar(noises, means, halves, label=name, **style)
         axes.set(title=f"{length} replies a query", xlabel="share of wrong labels", xticks=list(by_noise))
     all_axes[0].set_ylabel("gold reward")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -341,7 +342,7 @@ def claims(kinds: dict[int, dict[float, Kind]]) -> str:
         part = name.removeprefix("CLHA w/o ").replace("rescore", "rescoring")
         add(f"{part} helps (Table 3)", lambda kind, s=settings: kind.difference({}, s))
     three = study.methods(3)
-    for name in ("PRO", "SFT", "DPO"):
+    for name in ("PRO", "RRHF", "SFT", "DPO"):
         claim = f"CLHA beats {name}, three replies"
         add(claim, lambda kind, row=three[name]: kind.difference({}, row), length=3)
     longer = ["three replies beat two (CLHA)"]
@@ -406,6 +407,8 @@ nothing of what another base model or judge would say.
 
 REAL_LIMITS = """Most queries are of HH-RLHF's test split, scored by the larger, evaluation reward model;
 a few are the dev items of the release, scored by the smaller one. One reward gap serves both.
+
+Where the judge is right in about half of its pairs, it is no better than a coin, and its rewards say nothing.
 
 What so small a model can show: that the whole path runs on real text, real rewards and long prompts, and how
 each objective moves a model's likelihoods and lengths. What it can't: whether replies get better. A model of
