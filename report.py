@@ -440,7 +440,7 @@ def write(out: Path) -> None:
     real = real_kind(out)
     dump(named | {"real": real}, pictures / "runs.jsonl")
     columns = {f"{n:.0%} wrong labels": kind for n, kind in kinds[2].items()}
-    columns |= {f"{study.NOISE:.0%}, three replies": kinds[3][study.NOISE]}
+    columns |= {f"{noise:.0%}, three replies": kind for noise, kind in kinds[3].items()}
     text = [
         TOY_TEXT,
         claims(kinds),
