@@ -41,7 +41,7 @@ REAL = {  # of alignment, on real text
     "learning_rate": 2e-4, "max_steps": 20, "batch_size": 32, "pack_tokens": 4096, "max_length": 256,
     "max_prompt_length": 192, "dtype": "bfloat16", "activation_checkpointing": False,
 }  # fmt: skip
-EVERYTHING = {"contrast": False, "rescore": False, "ranking": "given", "sft_target": "chosen"}  # imitate all
+EVERYTHING = {"contrast": False, "rescore": False, "ranking": "given", "sft_target": "chosen"}  # plain SFT
 
 
 class World(NamedTuple):
