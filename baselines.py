@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clha
-from clha import InputError
+from records import InputError, Record
 
 GOOD, BAD = "Good answer:", "Bad answer:"  # what chain of hindsight calls the replies
 
@@ -126,7 +126,7 @@ NOT_SHARED = {
 # What clha.py calls
 
 
-def hindsight(record: clha.Record) -> clha.Record:
+def hindsight(record: Record) -> Record:
     """A record whose two replies are texts of chain of hindsight: the best reply and the worst, either first.
 
     `evaluate.py --hindsight` asks the trained model for what comes after "Good answer:".
@@ -138,7 +138,7 @@ def hindsight(record: clha.Record) -> clha.Record:
     return record | {"responses": texts, "rewards": [max(rewards)] * 2, "chosen": 0}
 
 
-def prepare(records: list[clha.Record], config: clha.Config) -> list[clha.Record]:
+def prepare(records: list[Record], config: clha.Config) -> list[Record]:
     """The records as --objective needs them. Raises InputError for a flag that it does not read."""
     others = NOT_SHARED - {*OPTIONS.get(config.objective, ())}
     unread = sorted(name for name in others if getattr(config, name) != getattr(clha.Config, name))
@@ -158,7 +158,8 @@ def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> 
     settings = {name: getattr(config, name) for name in OPTIONS.get(config.objective, ())}
     objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
     if config.objective == "dpo":
-        add_reference(model, examples, config.pack_tokens)
+        for example, logps in zip(examples, all_logps(model, examples, config.pack_tokens), strict=True):
+            example["reference_logps"] = logps
 
     def loss_fn(
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, counts: Tensor, target: None, **more: Tensor
@@ -172,19 +173,19 @@ def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> 
 
 
 @torch.no_grad()
-def add_reference(model: Any, examples: list[clha.Example], pack_tokens: int) -> None:
-    """Adds to each example "reference_logps", the sum_logps of its replies under `model` as it is now."""
+def all_logps(model: Any, examples: list[clha.Example], pack_tokens: int) -> list[list[float]]:
+    """The summed log-probs of each example's replies under `model` as it is now; all processes share them."""
     model.eval()  # without dropout
     rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     found: dict[int, list[float]] = {}
     shares = clha.deal([clha.size(example) for example in examples], pack_tokens, processes)[rank::processes]
-    for part in tqdm(shares, desc="reference", disable=None if rank == 0 else True):
+    for part in tqdm(shares, desc="log-probs", disable=None if rank == 0 else True):
         batch = clha.pack([examples[i] for i in part or [0]], device)  # without any, only keep step
         rows = clha.sequence_logps(model, batch)[0].tolist()
         found |= {i: row[: len(examples[i]["response_ids"])] for i, row in zip(part, rows, strict=False)}
     everywhere: list[Any] = [found] * processes
     if processes > 1:
         dist.all_gather_object(everywhere, found)
-    for i, logps in ((i, logps) for share in everywhere for i, logps in share.items()):
-        examples[i]["reference_logps"] = logps
     model.train()
+    whole = {i: logps for share in everywhere for i, logps in share.items()}
+    return [whole[i] for i in range(len(examples))]

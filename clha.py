@@ -19,26 +19,21 @@ A record is one JSON line: {"prompt": [{"role": "user", "content": "..."}], "res
 "rewards": [1.2, -0.3], "chosen": 0, "subset": "helpful-base", "id": "..."}.
 """
 
-import argparse
-import gzip
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -47,7 +42,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-Record = dict[str, Any]  # one query as read from a file
+import checkpoint
+import program
+from program import load_tokenizer, loading
+from records import ROLES, InputError, Record, read_records
+
 Example = dict[str, Any]  # one query as token ids: what `encode` returns
 Batch = dict[str, Any]  # some queries in one row: what `pack` returns
 
@@ -105,7 +104,16 @@ class Config:
     seed: int = option(42, "of the data order, which does not depend on the number of processes")
     # Watching
     eval_every: int = option(100, "steps between two evaluations of --dev_data")
-    save_every: int = option(0, "steps between two folders step-N (release: 600); 0: only final/")
+    reward_model: str = option("", "folder or hub name: also reward the greedy replies to --dev_data")
+    save_every: int = option(0, "steps between two model folders step-N (release: 600); 0: only final/")
+    # Safety (checkpoint.py)
+    checkpoint_every: int = option(100, "steps between two checkpoints to go on from; 0: only if stopped")
+    keep_checkpoints: int = option(2, "the newest ones, and the best by dev reward (dev loss without one)")
+    resume: Literal["auto", "never"] = option("auto", "go on from the newest checkpoint in --output_dir")
+    resume_anyway: str = option("", "settings that may differ from the checkpoint's: margin,epochs")
+    on_save_error: Literal["stop", "go_on"] = option("stop", "what a full disk does to the run")
+    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite")
+    deterministic: bool = option(False, "only operations that repeat their bits on a GPU: slower")
 
 
 # `default` was chosen by measurement on the toy world (the sweeps of RESULTS.md). `release` is train_hh.sh,
@@ -119,81 +127,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # 2. Records
 
 
-class InputError(Exception):
-    """What is wrong with a user's input and where, in one line; a program prints it and exits with code 2."""
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Yields (line number, object) of a JSON-lines file, gzipped or not. Raises InputError with the line."""
-    path, number = Path(path), 0
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: not a JSON object: {line.strip()[:40]}")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise InputError(f"{path}, after line {number}: not readable as UTF-8 text ({error})") from None
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
-    """Writes JSON lines whole or not at all: into a temporary file, which is then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    with partial_path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial_path.replace(path)
-
-
-def check_record(record: Record, need: Iterable[str]) -> str | None:
-    """What is wrong with a record, or None."""
-    prompt, responses, rewards = record.get("prompt"), record.get("responses"), record.get("rewards")
-    chosen = record.get("chosen", 0)
-    if not isinstance(prompt, list) or not prompt or not all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in prompt
-    ):
-        return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
-    if not isinstance(responses, list) or len(responses) < 2:
-        return '"responses" must be a list of two or more replies'
-    if not all(isinstance(response, str) and response.strip() for response in responses):
-        return '"responses" has an empty reply'
-    if rewards is not None and not (isinstance(rewards, list) and len(rewards) == len(responses)):
-        return f'"rewards" must be a list of {len(responses)} numbers, one a reply'
-    if not all(type(reward) in (int, float) and abs(reward) < 1e38 for reward in rewards or []):  # float32
-        return f'"rewards" must be finite numbers, not {rewards}'
-    if type(chosen) is not int or not 0 <= chosen < len(responses):
-        return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {chosen!r}'
-    hints = {"rewards": "; `python reward.py score` adds them", "chosen": ""}
-    return next((f'no "{name}" yet{hints[name]}' for name in need if record.get(name) is None), None)
-
-
-def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
-    """Reads and checks records; `need` names the optional fields that must be there: "rewards", "chosen".
-
-    Raises InputError with file and line: not JSON, fewer than two replies, an empty reply, rewards that are
-    missing, not finite, or of another number than the replies.
-    """
-    records = []
-    for number, record in read_jsonl(path):
-        if wrong := check_record(record, need):
-            raise InputError(f"{path}, line {number}: {wrong}")
-        records.append(record)
-    if not records:
-        raise InputError(f"{path}: no records in it")
-    return records
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. Tokens
-
-ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
-
 
 def render(prompt: list[dict[str, str]]) -> str:
     """The text of a dialogue as HH-RLHF has it, up to the reply: "\\n\\nHuman: ...\\n\\nAssistant:"."""
@@ -219,7 +154,9 @@ def encode(
     the start of a reply, the reply's log-probability is ill-defined.
     """
     text, rewards = render(record["prompt"]), record.get("rewards")
-    full_prompt, *texts = tokenizer([text, *(f"{text} {reply}" for reply in record["responses"])]).input_ids
+    replies = (f"{text} {reply}" for reply in record["responses"])
+    # "</s>" in a text is four characters, not the end of a reply.
+    full_prompt, *texts = tokenizer([text, *replies], split_special_tokens=True).input_ids
     prompt_ids = cut_prompt(full_prompt, max_prompt_length, tokenizer.bos_token_id)
     room, cut, response_ids = max_length - len(prompt_ids), int(prompt_ids != full_prompt), []
     order = list(range(len(texts)))
@@ -457,48 +394,19 @@ def init_process() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-@contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Around what loads from a folder or a hub name: raises InputError if there is no model to be had."""
-    if not Path(path).is_dir():
-        if path.count("/") != 1 or path[0] in "./~":
-            raise InputError(f"{path}: no such model folder, and not a hub name like owner/name")
-        print(f"{path}: no such folder here, so it is taken from the Hugging Face hub", file=sys.stderr)
-    elif not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and goes wrong."""
-    with loading(path):
-        # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
-        if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
-            raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
-    if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
-    return tokenizer
-
-
 def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
     """A causal LM with fp32 weights, sharded over all processes, that computes in `dtype`.
 
     Rank 0 reads the weights; the others are built without memory and get their shards from it.
     """
     if rank_0 := dist.get_rank() == 0:
-        settings = {"dtype": torch.float32, "output_loading_info": True}
+        settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         with loading(path):
             full, info = AutoModelForCausalLM.from_pretrained(path, **settings)
         if info["missing_keys"]:
             raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
     with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if checkpointing:  # the method has another name since transformers 5.2x
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -551,7 +459,8 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Config)
         import baselines
         records = baselines.prepare(records, config)
     bar = tqdm(records, desc=f"tokens of {Path(path).name}", disable=None if dist.get_rank() == 0 else True)
-    return [encode(r, tokenizer, config.max_length, config.max_prompt_length, config.ranking) for r in bar]
+    limits = config.max_length, config.max_prompt_length, config.ranking
+    return [encode({"id": f"line {n}"} | record, tokenizer, *limits) for n, record in enumerate(bar, 1)]
 
 
 def size(example: Example) -> int:
@@ -623,32 +532,18 @@ def run_batch(
     return dict(zip(totals, values.tolist(), strict=True))
 
 
-def describe(model: PreTrainedModel, examples: list[Example], steps: int, config: Config) -> str:
-    """What is about to happen, in five lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    processes, queries = dist.get_world_size(), len(examples)
-    target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
-    rewards = reply_matrix(examples)
-    keep, gate = rescore(rewards, config.min_reward_gap if config.rescore else None, target)
-    kept, cut = keep.sum() / rescore(rewards, None)[0].sum(), sum(e["cut"] > 0 for e in examples) / queries
-    of_clha = f", margin {config.margin:g}, reduction {config.reduction}" * (config.objective == "clha")
-    return (
-        f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
-        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
-        f"data    {queries:,} queries of {sum(map(size, examples)) / queries:.0f} tokens; "
-        f"in {cut:.1%} the prompt or a reply is cut\n"
-        f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
-        f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"
-        f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}"
-    )
-
-
 def train(config: Config) -> None:
     """The whole run: from records to output_dir/final, with metrics.jsonl on the way."""
     rank, _, device = init_process()
     output = Path(config.output_dir)
     if (output / "final").exists():
         raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+    program.check_ranges(config)
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
+    torch.manual_seed(config.seed + rank)  # of dropout, in a model that has it
+    if config.deterministic:
+        program.make_deterministic()
     config.pack_tokens = config.pack_tokens or (8192 if device.type == "cuda" else 1024)
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -656,13 +551,10 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config.train_data, tokenizer, config)
     dev_examples = load_examples(config.dev_data, tokenizer, config) if config.dev_data else []
-    if not 1 < config.max_prompt_length < config.max_length:
-        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be 2 to --max_length - 1")
-    if not 1 <= config.batch_size <= len(examples):
+    if config.batch_size > len(examples):
         raise InputError(f"--batch_size {config.batch_size}: must be 1 to {len(examples)} (queries)")
-    order = data_order(len(examples), config)
-    if not order or config.eval_every < 1 or config.save_every < 0:
-        raise InputError("no steps to take: --epochs, --max_steps, --eval_every or --save_every is too small")
+    if not (order := data_order(len(examples), config)):
+        raise InputError(f"--epochs {config.epochs}: too few for a step")
     if config.alpha is None:
         length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
         weights = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}
@@ -676,57 +568,44 @@ def train(config: Config) -> None:
     if config.objective != "clha":
         import baselines
         config.rescore, loss_fn = False, baselines.make_loss(config, model, examples + dev_examples)
+    if config.reward_model:
+        import evaluate
+        dev_reward = evaluate.make_judge(config, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
-    log = open_log(output, config) if rank == 0 else None
+    run = checkpoint.Run(config, model, optimizer, scheduler)  # where another one stopped, or at step 0
     if rank == 0:
-        print(describe(model, examples, len(order), config), flush=True)
+        print(program.describe(model, examples, len(order), config), flush=True)
 
-    tokens, start = 0, time.perf_counter()
-    bar = tqdm(order, desc="train", disable=None if rank == 0 else True)
-    for step, (epoch, indices) in enumerate(bar, 1):
-        metrics = run_batch(model, [examples[i] for i in indices], loss_fn, config, train=True)
+    done, start = run.tokens, time.perf_counter()
+    bar = tqdm(order[run.step :], "train", len(order), initial=run.step, disable=None if rank == 0 else True)
+    for step, (epoch, indices) in enumerate(bar, run.step + 1):
+        batch = [examples[i] for i in indices]
+        metrics = run_batch(model, batch, loss_fn, config, train=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
-        if not math.isfinite(metrics["loss"] + norm):
-            raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}: it diverged")
         metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
-        optimizer.step()
+        if math.isfinite(metrics["loss"] + norm):
+            optimizer.step()
+        else:
+            run.skip(step, metrics["loss"], norm, batch)
         scheduler.step()
         optimizer.zero_grad()
-        tokens += sum(size(examples[i]) for i in indices)
-        metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - start)}
+        run.tokens += sum(map(size, batch))
+        speed = (run.tokens - done) / (time.perf_counter() - start)
+        metrics |= {"num_tokens": run.tokens, "tokens_per_second": speed, "skipped": run.skipped}
         if dev_examples and (step % config.eval_every == 0 or step == len(order)):
             dev = run_batch(model.eval(), dev_examples, loss_fn, config, train=False)
+            dev |= {"reward": dev_reward(model)} if config.reward_model else {}
             metrics |= {f"eval/{name}": value for name, value in dev.items()}
             model.train()
-        if log:
-            log(step, metrics)
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rewards/accuracies")})
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rewards/accuracies")})
         if config.save_every and step % config.save_every == 0:
             save_model(model, tokenizer, output / f"step-{step}", dtype)
+        run.end_step(step, metrics, last=step == len(order))  # logs, saves, and stops after a signal
     save_model(model, tokenizer, output / "final", dtype)
     if rank == 0:
         print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
-
-
-def open_log(output: Path, config: Config) -> Callable[[int, dict[str, float]], None]:
-    """Starts config.json, metrics.jsonl and, where it is installed, TensorBoard; returns what logs a step."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    file = (output / "metrics.jsonl").open("w")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(output / "tensorboard")
-    except ImportError:
-        board = None
-
-    def log(step: int, metrics: dict[str, float]) -> None:
-        print(json.dumps({"step": step, **metrics}), file=file, flush=True)
-        for name, value in metrics.items() if board else ():
-            board.add_scalar(name, value, step)
-
-    return log
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -736,50 +615,9 @@ def open_log(output: Path, config: Config) -> Callable[[int, dict[str, float]], 
 def parse_args(argv: list[str]) -> Config:
     """Flags to a Config; a recipe sets defaults, and a flag that is given wins over it."""
     usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    parser.error = refuse
-    for entry in fields(Config):
-        value = {"required": True} if entry.default is MISSING else {"default": entry.default}
-        if entry.type is bool:  # all are on unless switched off
-            parser.add_argument(f"--no_{entry.name}", action="store_false", dest=entry.name, **entry.metadata)
-        elif get_origin(entry.type) is Literal:
-            parser.add_argument(f"--{entry.name}", choices=get_args(entry.type), **value, **entry.metadata)
-        else:
-            kind = next(iter(get_args(entry.type)), entry.type)  # float of float | None
-            text = {"type": kind, "metavar": kind.__name__.upper(), **entry.metadata}
-            parser.add_argument(f"--{entry.name}", **value, **text)
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
-    return Config(**vars(parser.parse_args(argv)))
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a description as it is written, and the defaults of flags that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        none = isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS)
-        return action.help + ("" if none else f" (default: {action.default})")
-
-
-def refuse(message: str) -> NoReturn:
-    """Stands in for argparse's `error`, which would print the whole usage too."""
-    raise InputError(f"{message} (see --help)")
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a program; wrong input ends in one line from the first process, and exit code 2."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # as ours do
-    try:
-        main()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return program.parse_config(Config, RECIPES, usage, __doc__, argv)
 
 
 if __name__ == "__main__":
     sys.modules["clha"] = sys.modules["__main__"]  # baselines.py imports this module, not a second one
-    run(lambda: train(parse_args(sys.argv[1:])))
+    program.run(lambda: train(parse_args(sys.argv[1:])))

@@ -17,18 +17,22 @@ import argparse
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines
 import clha
+import program
 import reward
-from clha import InputError, Record
+from program import HelpFormatter, load_tokenizer, loading, refuse
+from records import InputError, Record, fingerprint, read_jsonl, read_records, write_in_parts
 
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it advises another BLEU than the paper's, each time
 STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")  # the released evaluation cuts a reply there
@@ -54,11 +58,13 @@ def generate(
     hindsight: bool = False,
     temperature: float = 0.0,
     progress: bool = True,
+    synced_gpus: bool = False,
 ) -> list[str]:
     """Replies to the prompts, in their order; made in batches of like length, the longest first.
 
     They are greedy, or sampled at a temperature above 0, from torch's random state.
-    With `hindsight` the model, one of `--objective coh`, is asked for what it calls a good answer.
+    With `hindsight` the model, one of `--objective coh`, is asked for what it calls a good answer. A sharded
+    model needs `synced_gpus`, and as many prompts on each process.
     """
     prefix = f" {baselines.GOOD}" if hindsight else ""
     stop_strings = (*STOP_STRINGS, baselines.GOOD, baselines.BAD) if hindsight else STOP_STRINGS
@@ -84,6 +90,7 @@ def generate(
             output = model.generate(
                 **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
                 generation_config=GenerationConfig(**settings),
+                synced_gpus=synced_gpus,
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
@@ -94,10 +101,11 @@ def generate(
 
 def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model to generate with, in bfloat16 on a GPU, and its tokenizer."""
-    tokenizer = clha.load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with clha.loading(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    with loading(path):
+        settings = {"dtype": dtype, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(path, **settings).to(device).eval()
     return model, tokenizer
 
 
@@ -187,48 +195,87 @@ def evaluate_model(
     `path` is the model, or with args.responses the file that has its replies.
     """
     rank, processes, device = clha.init_process()
-    mine = records[rank::processes]
-    prompts, references = [r["prompt"] for r in mine], [r["responses"][r.get("chosen", 0)] for r in mine]
-
+    names = ("max_new_tokens", "max_prompt_length", "batch_size")
+    sizes = {name: getattr(args, name) for name in names}
     if args.responses:
-        replies = read_replies(path, records)[rank::processes]
+        replies = read_replies(path, records)
+        items = [{"record": record, "reply": text} for record, text in zip(records, replies, strict=True)]
     else:
-        replies = generate(
-            *load(path, device),
-            prompts,
-            progress=rank == 0,
-            max_new_tokens=args.max_new_tokens,
-            max_prompt_length=args.max_prompt_length,
-            batch_size=args.batch_size,
-            hindsight=args.hindsight,
-        )
-    rewards = torch.tensor(judge.score(prompts, replies)).sigmoid().tolist()
+        items, (model, tokenizer) = [{"record": record} for record in records], load(path, device)
+
+    def work(share: list[Record], _: int) -> list[Record]:
+        mine = [item["record"] for item in share]
+        prompts = [record["prompt"] for record in mine]
+        if args.responses:
+            replies = [item["reply"] for item in share]
+        else:
+            more = {"hindsight": args.hindsight, "progress": False}
+            replies = generate(model, tokenizer, prompts, **sizes, **more)
+        return score_replies(mine, replies, judge, args.gold)
+
+    what = [fingerprint(path), fingerprint(judge.model.name_or_path), sizes, args.hindsight, args.gold]
+    out = folder / "responses.jsonl"
+    write_in_parts(out, items, what, work, 4 * args.batch_size * processes, f"replies of {folder.name}")
+    summary = summarise([row for _, row in read_jsonl(out)])
+    if rank == 0:
+        (folder / "table.md").write_text(table({folder.name: summary}) + "\n")
+        scores = folder / "scores.json.partial"
+        scores.write_text(json.dumps(summary, indent=2) + "\n")
+        scores.rename(folder / "scores.json")  # the last: all is there
+    return summary
+
+
+def score_replies(
+    records: list[Record], replies: list[str], judge: reward.RewardModel, gold: bool
+) -> list[Record]:
+    """Lines of responses.jsonl: the replies to the records' prompts, with their scores."""
+    references = [record["responses"][record.get("chosen", 0)] for record in records]
+    scores = judge.score([record["prompt"] for record in records], replies)
+    rewards = torch.tensor(scores).sigmoid().tolist()
     rows = [
         {
             "id": record.get("id"),
             "subset": record.get("subset", "all"),
-            "prompt": prompt,
+            "prompt": record["prompt"],
             "response": reply,
             "reference": reference,
             "char_bleu": bleu,
             "reward": 100 * value,
         }
-        for record, prompt, reply, reference, bleu, value in zip(
-            mine, prompts, replies, references, char_bleu(replies, references), rewards, strict=True
+        for record, reply, reference, bleu, value in zip(
+            records, replies, references, char_bleu(replies, references), rewards, strict=True
         )
     ]
-    if args.gold:
+    if gold:
         import toy
 
         rows = [row | {"gold": toy.gold(row["prompt"], row["response"])} for row in rows]
+    return rows
 
-    rows = reward.gather(rows, len(records), processes)
-    summary = summarise(rows)
-    if rank == 0:
-        clha.write_jsonl(folder / "responses.jsonl", rows)
-        (folder / "table.md").write_text(table({folder.name: summary}) + "\n")
-        (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")  # the last: all is there
-    return summary
+
+def make_judge(
+    config: clha.Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Callable[[PreTrainedModel], float]:
+    """What tells the mean reward, a sigmoid in percent, of a model's greedy replies to the --dev_data.
+
+    The model may be sharded: then all processes call it together.
+    """
+    judge = reward.load_reward_model(config.reward_model, device)
+    rank, processes, prompts = *clha.init_process()[:2], [r["prompt"] for r in read_records(config.dev_data)]
+    share = prompts[rank::processes]
+    padding = -(-len(prompts) // processes) - len(share)  # as many for each process, or they would wait
+
+    def mean_reward(model: PreTrainedModel) -> float:
+        replies = generate(
+            model, tokenizer, share + prompts[:1] * padding, max_prompt_length=config.max_prompt_length,
+            progress=False, synced_gpus=processes > 1,
+        )  # fmt: skip
+        values = torch.tensor(judge.score(share, replies[: len(share)]), device=device).sigmoid()
+        total = values.sum()
+        dist.all_reduce(total)
+        return 100 * total.item() / len(prompts)
+
+    return mean_reward
 
 
 def read_replies(path: str, records: list[Record]) -> list[str]:
@@ -237,7 +284,7 @@ def read_replies(path: str, records: list[Record]) -> list[str]:
     Raises InputError for a line of another form, a second reply to a record, and a record without one.
     """
     found: dict[Any, str] = {}
-    for number, row in clha.read_jsonl(path):
+    for number, row in read_jsonl(path):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("response"), str):
             raise InputError(f'{path}, line {number}: needs "id", a record\'s, and "response", its reply')
         if row["id"] in found:
@@ -280,11 +327,11 @@ def main() -> None:
     """Parses the command line and evaluates models, or makes one table of folders that are evaluated."""
     import people  # it imports this module
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     commands = parser.add_subparsers(dest="command")
     table_command = commands.add_parser("table", help="one table of evaluated folders")
-    table_command.error = clha.refuse
+    table_command.error = refuse
     table_command.add_argument("folders", nargs="+", help="--out folders of earlier evaluations")
     table_command.add_argument("--total", action="store_true", help="only the Total rows")
     people.add_commands(commands)
@@ -319,15 +366,15 @@ def main() -> None:
         print(table(summaries))
         return
     if args.responses and args.model:
-        clha.refuse("--model or --responses, not both")
+        refuse("--model or --responses, not both")
     args.model = [args.responses] if args.responses else args.model
     needed = ("model", "data", "reward_model", "out")
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
-        clha.refuse(f"the following arguments are required: {', '.join(missing)}")
+        refuse(f"the following arguments are required: {', '.join(missing)}")
 
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise InputError("--batch_size and --max_new_tokens must be 1 or more")
-    records, out = clha.read_records(args.data), Path(args.out)
+    records, out = read_records(args.data), Path(args.out)
     single = len(args.model) == 1
     folders = {path: out if single else out / Path(path).name for path in args.model}
     if len(set(folders.values())) < len(args.model):
@@ -335,7 +382,7 @@ def main() -> None:
     if args.plot:
         reward.import_pyplot()  # what is wrong is said now rather than after the work
     for path in args.model:
-        _ = read_replies(path, records) if args.responses else clha.load_tokenizer(path)
+        _ = read_replies(path, records) if args.responses else load_tokenizer(path)
     judge = reward.load_reward_model(args.reward_model, clha.init_process()[2])
     summaries = {
         folder.name: evaluate_model(path, folder, records, judge, args) for path, folder in folders.items()
@@ -349,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    clha.run(main)
+    program.run(main)

@@ -29,7 +29,8 @@ import torch
 import clha
 import evaluate
 import reward
-from clha import InputError, Record
+from program import HelpFormatter, refuse
+from records import InputError, Record, check_record, read_jsonl
 
 Evaluation = dict[str, Record]  # item -> its line of responses.jsonl
 ANSWERS = ("left", "right", "tie")
@@ -44,11 +45,11 @@ def read_evaluation(folder: Path) -> Evaluation:
     path, rows = folder / "responses.jsonl", {}
     if not path.is_file():
         raise InputError(f"{folder}: no responses.jsonl in it; `evaluate.py --model ... --out` makes it")
-    for number, row in clha.read_jsonl(path):
+    for number, row in read_jsonl(path):
         item = str(number if row.get("id") is None else row["id"])
         texts = isinstance(row.get("subset"), str) and isinstance(row.get("response"), str)
         record = {"prompt": row.get("prompt"), "rewards": [row.get("reward"), 0], "responses": ["-"] * 2}
-        if not texts or clha.check_record(record, []):
+        if not texts or check_record(record, []):
             raise InputError(f"{path}, line {number}: no reply of an evaluation with its reward")
         if item in rows:
             raise InputError(f"{path}, line {number}: a second reply to item {item}")
@@ -354,9 +355,9 @@ def add_commands(commands: Any) -> None:
     """Adds sheets, tally and compare to the sub-commands of evaluate.py; `run` is what one does."""
 
     def add(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Callable[..., Any]:
-        formatter = clha.HelpFormatter
+        formatter = HelpFormatter
         command = commands.add_parser(name, help=help, description=__doc__, formatter_class=formatter)
-        command.error = clha.refuse
+        command.error = refuse
         command.set_defaults(run=run)
         return command.add_argument
 

@@ -10,9 +10,7 @@ beside the paper's Table 1, and what was left out and why. No dev query is in th
 """
 
 import argparse
-import hashlib
 import itertools
-import json
 import random
 import re
 from collections import Counter
@@ -25,8 +23,19 @@ import torch
 from tqdm import tqdm
 
 import clha
+import program
 import reward
-from clha import InputError, Record
+from program import HelpFormatter, refuse
+from records import (
+    InputError,
+    Record,
+    check_record,
+    fingerprint,
+    read_jsonl,
+    read_records,
+    write_in_parts,
+    write_jsonl,
+)
 
 TABLE_1 = {  # (training, test) queries of each subset in the paper
     "harmless-base": (42537, 2312),
@@ -75,7 +84,7 @@ def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[st
     if Path(source).is_dir():
         names = f"{subset}/{split}.jsonl", f"{subset}/{split}.jsonl.gz"
         path = next((Path(source) / name for name in names if (Path(source) / name).is_file()), None)
-        return path and clha.read_jsonl(path)
+        return path and read_jsonl(path)
     if source.count("/") != 1 or source[0] in "./~":
         raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
     from datasets import load_dataset
@@ -139,7 +148,7 @@ def read_release(source: str) -> Iterator[Row]:
     for path in paths:
         place = path.name if root.is_file() else str(path.relative_to(root))
         split = "train" if "train" in place else "dev" if "dev" in path.name else "test"
-        for line, row in tqdm(clha.read_jsonl(path), desc=place, disable=None):
+        for line, row in tqdm(read_jsonl(path), desc=place, disable=None):
             meta = Path(row.get("meta", {}).get("path", ""))
             subset = meta.parent.name if meta.parent.name in TABLE_1 else path.name.split(".")[0]
             yield split, subset.replace("_", "-"), line, row
@@ -162,7 +171,7 @@ def collect(rows: Iterable[Row], parse: Callable[..., Record | str]) -> tuple[Sp
             record |= {"subset": subset, "id": f"{subset}/{split}/{line}"}
             if not all(response.strip() for response in record["responses"]):
                 record = "an empty reply"
-            elif wrong := clha.check_record(record, []):
+            elif wrong := check_record(record, []):
                 raise InputError(f"{subset}/{split}, line {line}: {wrong}")
         if isinstance(record, str):
             dropped[record] += 1
@@ -226,7 +235,7 @@ def read_extra(path: str, records: list[Record]) -> list[list[str]]:
         raise InputError(
             '--data: each record needs an "id" of its own, a text, to be given replies of a file'
         )
-    for number, row in clha.read_jsonl(path):
+    for number, row in read_jsonl(path):
         texts = isinstance(row.get("response"), str) and isinstance(row.get("id"), str)
         if not texts or row["id"] not in found:
             raise InputError(f'{path}, line {number}: needs "response", a reply, and the "id" of a record')
@@ -234,43 +243,35 @@ def read_extra(path: str, records: list[Record]) -> list[list[str]]:
     return list(found.values())
 
 
-def sample_replies(records: list[Record], args: argparse.Namespace, out: Path) -> None:
-    """Writes the records, each with replies that a model samples; goes on from where it was stopped.
+def write_sampled(records: list[Record], args: argparse.Namespace) -> None:
+    """Writes the records, each with replies that a model samples; goes on where it was stopped.
 
-    Whole lines gather in `out`, whose name tells data and settings apart. Each part of 256 records has a seed
-    of its own, so that a stop changes nothing.
+    Each part of 256 records has a seed of its own, so that a stop changes nothing.
     """
     import evaluate
 
-    lines = out.read_bytes().split(b"\n")[:-1] if out.exists() else []  # what has no line end is torn
-    done = min(len(lines), len(records)) // 256 * 256
-    model, tokenizer = evaluate.load(args.model, clha.init_process()[2])
-    with out.open("ab") as file, tqdm(total=len(records), initial=done, desc="sample", disable=None) as bar:
-        file.truncate(sum(len(line) + 1 for line in lines[:done]))
-        for start in range(done, len(records), 256):
-            part = records[start : start + 256]
-            torch.manual_seed(args.seed + start)
-            sampled = [
-                evaluate.generate(
-                    model,
-                    tokenizer,
-                    [record["prompt"] for record in part],
-                    max_new_tokens=args.max_new_tokens,
-                    batch_size=args.batch_size,
-                    temperature=args.temperature,
-                    progress=False,
-                )
-                for _ in range(args.replies)
-            ]
-            for record, *replies in zip(part, *sampled, strict=True):
-                file.write(json.dumps(add_replies(record, replies), ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            bar.update(len(part))
+    rank, _, device = clha.init_process()
+    model, tokenizer = evaluate.load(args.model, device)
+
+    def work(share: list[Record], start: int) -> list[Record]:
+        torch.manual_seed(args.seed + start + rank)
+        prompts = [record["prompt"] for record in share]
+        sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+        sampled = [
+            evaluate.generate(
+                model, tokenizer, prompts, **sizes, temperature=args.temperature, progress=False
+            )
+            for _ in range(args.replies)
+        ]
+        return [add_replies(record, replies) for record, *replies in zip(share, *sampled, strict=True)]
+
+    settings = [fingerprint(args.model), args.replies, args.temperature, args.max_new_tokens, args.seed]
+    write_in_parts(Path(args.out), records, settings, work, 256, "sample")
 
 
 def augment(args: argparse.Namespace) -> None:
     """Gives each record more replies, from a file or a model; they then need new rewards."""
-    records, out = clha.read_records(args.data), Path(args.out)
+    records, out = read_records(args.data), Path(args.out)
     if out.exists():
         raise InputError(f"{out}: exists already; choose another --out")
     if bool(args.extra) == bool(args.model):
@@ -279,16 +280,10 @@ def augment(args: argparse.Namespace) -> None:
         raise InputError("--replies, --batch_size, --max_new_tokens must be 1 or more, --temperature above 0")
     if args.extra:
         extra = read_extra(args.extra, records)
-        clha.write_jsonl(out, map(add_replies, records, extra))
+        write_jsonl(out, map(add_replies, records, extra))
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        what = json.dumps(
-            [records, args.model, args.replies, args.temperature, args.max_new_tokens, args.seed]
-        )
-        partial_path = out.with_name(f"{out.name}.{hashlib.sha256(what.encode()).hexdigest()[:8]}.partial")
-        sample_replies(records, args, partial_path)
-        partial_path.replace(out)
-    lengths = Counter(len(record["responses"]) for record in clha.read_records(out))
+        write_sampled(records, args)
+    lengths = Counter(len(record["responses"]) for record in read_records(out))
     counts = ", ".join(f"{count:,} of {length} replies" for length, count in sorted(lengths.items()))
     print(f"{counts}; written to {out}. `python reward.py score` gives them rewards")
 
@@ -305,7 +300,7 @@ def prepare(args: argparse.Namespace) -> None:
     removed = hold_out(splits, args.dev_items, args.seed)
     for split, records in splits.items():
         if records:
-            clha.write_jsonl(Path(args.out) / f"{split}.jsonl", records)
+            write_jsonl(Path(args.out) / f"{split}.jsonl", records)
     print(report(splits, read, dropped, removed))
     for split, records in splits.items():
         if records and "rewards" in records[0]:
@@ -329,21 +324,21 @@ def make_toy(args: argparse.Namespace) -> None:
     )
     print(f"written to {args.out}: init/, an untrained model, and the records of")
     for path in sorted(Path(args.out).glob("*.jsonl")):
-        print(f"  {path.name}: {sum(1 for _ in clha.read_jsonl(path)):,} queries")
+        print(f"  {path.name}: {sum(1 for _ in read_jsonl(path)):,} queries")
 
 
 def main() -> None:
     """Parses the command line and runs one of the four."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter, description=__doc__)
+    add_command = partial(commands.add_parser, formatter_class=HelpFormatter, description=__doc__)
     hh = add_command("hh", help="HH-RLHF")
     release = add_command("release", help="the authors' data.zip")
     toy_world = add_command("toy", help="the toy world")
     longer = add_command("augment", help="more replies to each prompt")
     for command in (hh, release, toy_world, longer):
-        command.error = clha.refuse
+        command.error = refuse
         command.set_defaults(run=prepare)
         command.add_argument("--out", required=True, help="folder (augment: file) for the records")
         command.add_argument("--seed", type=int, default=42, help="of whatever is drawn")
@@ -370,4 +365,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    clha.run(main)
+    program.run(main)

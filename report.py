@@ -17,7 +17,7 @@ import people
 import reward
 import study
 import toy
-from clha import InputError
+from records import InputError, Record, read_jsonl, read_records, write_jsonl
 
 Runs = dict[int, dict[str, float]]  # seed -> score -> value, of one run in one kind of world
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)  # by n - 1
@@ -158,7 +158,7 @@ def anatomy_table(kind: Kind) -> str:
         run = "base" if settings is None else study.run_name(settings, kind.length)
         paths = [folder / run / "eval/responses.jsonl" for folder in kind.folders.values()]
         seeds = [
-            [toy.anatomy(row["prompt"], row["response"]) for _, row in clha.read_jsonl(path)]
+            [toy.anatomy(row["prompt"], row["response"]) for _, row in read_jsonl(path)]
             for path in paths if path.is_file()
         ]  # fmt: skip
         if seeds:
@@ -184,7 +184,7 @@ def rescoring_table(kinds: dict[float, Kind]) -> str:
                 continue
             training = json.loads((folder.parent / "rm_train/training.json").read_text())
             found.append({"accuracy": training["accuracy"], "mean": training["mean_reward"]})
-            found[-1] |= rescoring(clha.read_records(folder / "train.jsonl"))
+            found[-1] |= rescoring(read_records(folder / "train.jsonl"))
         if found:
             means = {name: statistics.mean(row[name] for row in found) for name in found[0]}
             cells = [f"{value:.2f}" if name == "mean" else f"{value:.0%}" for name, value in means.items()]
@@ -192,7 +192,7 @@ def rescoring_table(kinds: dict[float, Kind]) -> str:
     return people.markdown(lines)
 
 
-def rescoring(records: list[clha.Record]) -> dict[str, float]:
+def rescoring(records: list[Record]) -> dict[str, float]:
     """The shares that `rescoring_table` shows, of scored toy records. Pairs of equal gold are left out."""
     kept, dropped, good, good_open = [], [], [], []
     for record in records:
@@ -296,7 +296,7 @@ def likelihoods(kind: Kind, settings: dict[str, Any]) -> dict[int, dict[str, lis
     curves: dict[int, dict[str, list[float]]] = {}
     for seed in kind.find(settings):
         path = kind.folders[seed] / study.run_name(settings, kind.length) / "metrics.jsonl"
-        for _, row in clha.read_jsonl(path) if path.is_file() else ():
+        for _, row in read_jsonl(path) if path.is_file() else ():
             for name in ("chosen", "rejected"):
                 if (value := row.get(f"eval/logps/{name}")) is not None:
                     curves.setdefault(row["step"], {}).setdefault(name, []).append(value)
@@ -359,7 +359,7 @@ def dump(kinds: dict[str, Kind], path: Path) -> None:
         {"world": world, "seed": seed, "run": name, **scores}
         for world, kind in kinds.items() for name, runs in kind.runs.items() for seed, scores in runs.items()
     ]  # fmt: skip
-    clha.write_jsonl(path, rows)
+    write_jsonl(path, rows)
 
 
 TOY_TEXT = f"""# Results
@@ -419,9 +419,7 @@ order of these rows is no evidence about LLaMA-7B.
 
 def real_section(out: Path, kind: Kind) -> list[str]:
     """What was done on real text, and its table."""
-    sizes = {
-        n: len(clha.read_records(out / f"real/data/{n}.jsonl")) for n in ("train", "judge", "dev", "test")
-    }
+    sizes = {n: len(read_records(out / f"real/data/{n}.jsonl")) for n in ("train", "judge", "dev", "test")}
     base, judge = (json.loads((out / f"real/{name}/training.json").read_text()) for name in ("base", "judge"))
     facts = study.REAL | sizes | {"queries": sum(sizes.values()), "millions": base["parameters"] / 1e6}
     facts |= {name: base[name] for name in ("steps", "loss")} | {n: judge[n] for n in ("accuracy", "pairs")}

@@ -28,7 +28,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, PreTrainedModel
 
 import clha
-from clha import InputError, Record
+import program
+from program import HelpFormatter, load_tokenizer, loading, refuse
+from records import InputError, Record, fingerprint, read_records, write_in_parts
 
 Messages = list[dict[str, str]]
 
@@ -141,11 +143,12 @@ def load_reward_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    settings = {"dtype": dtype, "output_loading_info": True}
-    with clha.loading(path):
+    settings = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    with loading(path):
         config, _ = transformers.PretrainedConfig.get_config_dict(path)
         # A config that says nothing: AutoTokenizer would refuse Open-Assistant's unknown model type.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, config=transformers.PretrainedConfig())
+        silent = {"config": transformers.PretrainedConfig(), "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **silent)
         if open_assistant := config.get("model_type") == "gpt_neox_reward_model":
             settings["config"] = GPTNeoXConfig.from_dict(config)
         kind = OpenAssistantRewardModel if open_assistant else AutoModelForSequenceClassification
@@ -189,29 +192,22 @@ def chat_text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Messages,
 # Scoring
 
 
-def score_records(
-    model: RewardModel, records: list[Record], rank: int = 0, processes: int = 1
-) -> list[Record]:
-    """The records with "rewards" added, computed by all processes together; complete on every one of them."""
-    mine = records[rank::processes]
-    scored = []
-    with tqdm(total=len(mine), desc="score", disable=None if rank == 0 else True) as bar:
-        for start in range(0, len(mine), 512):
-            part = mine[start : start + 512]
-            prompts = [record["prompt"] for record in part for _ in record["responses"]]
-            responses = [response for record in part for response in record["responses"]]
-            values = iter(model.score(prompts, responses))
-            scored += [record | {"rewards": [next(values) for _ in record["responses"]]} for record in part]
-            bar.update(len(part))
-    return gather(scored, len(records), processes)
+def score_records(model: RewardModel, records: list[Record]) -> list[Record]:
+    """The records with "rewards" added."""
+    prompts = [record["prompt"] for record in records for _ in record["responses"]]
+    values = iter(model.score(prompts, [reply for record in records for reply in record["responses"]]))
+    return [record | {"rewards": [next(values) for _ in record["responses"]]} for record in records]
 
 
-def gather(mine: list[Any], total: int, processes: int) -> list[Any]:
-    """The whole list again on every process, when process r has the items r, r + processes, ... of it."""
-    shares = [mine] * processes
-    if processes > 1:
-        dist.all_gather_object(shares, mine)
-    return [shares[i % processes][i // processes] for i in range(total)]
+def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
+    """Writes the records with "rewards" added, by all processes together; goes on where it was stopped."""
+    settings = [fingerprint(model.model.name_or_path), model.max_length]
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+
+    def work(share: list[Record], _: int) -> list[Record]:
+        return score_records(model, share)
+
+    write_in_parts(out, records, settings, work, 512 * processes, "score")
 
 
 def reward_gaps(records: list[Record]) -> Tensor:
@@ -287,12 +283,13 @@ def train(args: argparse.Namespace) -> None:
     if Path(args.out).exists():
         raise InputError(f"{args.out}: exists already; choose another --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = clha.load_tokenizer(args.model)
-    records = clha.read_records(args.data, need=["chosen"])
+    tokenizer = load_tokenizer(args.model)
+    records = read_records(args.data, need=["chosen"])
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a new head is what is wanted, not a warning
-    with clha.loading(args.model):
+    with loading(args.model):
         settings = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        settings["trust_remote_code"] = False
         model, info = AutoModelForSequenceClassification.from_pretrained(args.model, **settings)
     transformers.logging.set_verbosity(verbosity)
     if head(model) is None or set(info["missing_keys"]) - {"score.weight"}:
@@ -372,14 +369,14 @@ def labels(queries: list[clha.Example], device: torch.device) -> tuple[Tensor, T
 
 def score(args: argparse.Namespace) -> None:
     """Adds "rewards" to the records of a file and says how they are distributed."""
-    rank, processes, device = clha.init_process()
-    records = clha.read_records(args.data)
+    rank, _, device = clha.init_process()
+    records = read_records(args.data)
     if args.plot:
         import_pyplot()  # rather refused now than after hours of scoring
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)
-    scored = score_records(model, records, rank, processes)
+    write_scores(model, records, Path(args.out))
     if rank == 0:
-        clha.write_jsonl(args.out, scored)
+        scored = read_records(args.out)
         print(f"{summary(scored)}\n\nwritten to {args.out}")
         if args.plot:
             plot_gaps(scored, args.plot)
@@ -387,13 +384,13 @@ def score(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parses the command line and runs `score` or `train`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter, description=__doc__)
+    add_command = partial(commands.add_parser, formatter_class=HelpFormatter, description=__doc__)
     scoring = add_command("score", help='add "rewards" to records')
     training = add_command("train", help="train a reward model with Eq. 1")
     for command in (scoring, training):
-        command.error = clha.refuse
+        command.error = refuse
         command.add_argument("--data", required=True, help="records, JSON lines")
         command.add_argument("--pack_tokens", type=int, default=0, help="of a pass; 0: by device")
     scoring.set_defaults(run=score)
@@ -410,10 +407,10 @@ def main() -> None:
     training.add_argument("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
     training.add_argument("--max_length", type=int, default=1024, help="tokens; the rest is cut at the left")
     training.add_argument("--seed", type=int, default=42, help="of the head, the held-out part, the order")
-    parser.error = clha.refuse
+    parser.error = refuse
     args = parser.parse_args()
     args.run(args)
 
 
 if __name__ == "__main__":
-    clha.run(main)
+    program.run(main)

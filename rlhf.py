@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import clha
 import evaluate
+import program
 import reward
-from clha import InputError
+from program import HelpFormatter, load_tokenizer, loading, refuse
+from records import InputError, read_records, write_jsonl
 
 
 def prompt_text(dialogue: reward.Messages, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -52,8 +54,8 @@ def train(args: argparse.Namespace) -> None:
     final = Path(args.output_dir, "final")
     if final.exists():
         raise InputError(f"{final.parent}: holds a finished run (final/); choose another --output_dir")
-    tokenizer = clha.load_tokenizer(args.model)
-    dialogues = [record["prompt"] for record in clha.read_records(args.train_data)]
+    tokenizer = load_tokenizer(args.model)
+    dialogues = [record["prompt"] for record in read_records(args.train_data)]
     if not 1 <= args.batch_size <= len(dialogues):
         raise InputError(f"--batch_size {args.batch_size}: must be 1 to {len(dialogues)} (prompts)")
     if args.num_generations < 2 or args.max_new_tokens < 1 or args.max_steps < 0:
@@ -66,22 +68,23 @@ def train(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate, bf16=gpu, gradient_checkpointing=gpu, use_cpu=not gpu,
         save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty())  # fmt: skip
     judge = reward_function(reward.load_reward_model(args.reward_model, config.device))
-    with clha.loading(args.model):  # weights in fp32 as in clha.py, even if it computes in bf16
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    with loading(args.model):  # weights in fp32 as in clha.py, even if it computes in bf16
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, trust_remote_code=False)
     data = Dataset.from_list([{"prompt": prompt_text(d, tokenizer), "dialogue": d} for d in dialogues])
     trainer = trl.RLOOTrainer(model, judge, config, data, processing_class=tokenizer)
     trainer.train()
     partial = final.with_name("final.partial")
     trainer.save_model(str(partial))
     (partial / "training_args.bin").unlink()  # a pickle that needs TRL
-    clha.write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
+    write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
     partial.rename(final)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; learning rate and KL price are TRL's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="language model to align: a folder or a hub name")
     parser.add_argument("--train_data", required=True, help="records, JSON lines, scored or not")
     parser.add_argument("--reward_model", required=True, help="the one that scored CLHA's data")
@@ -97,4 +100,4 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    clha.run(lambda: train(parse_args(sys.argv[1:])))
+    program.run(lambda: train(parse_args(sys.argv[1:])))

@@ -30,10 +30,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import clha
 import evaluate
 import prepare_data
+import program
 import reward
 import rlhf
 import toy
-from clha import InputError
+from program import HelpFormatter, refuse
+from records import InputError, Record, read_records, write_jsonl
 
 NOISE, NOISES, LENGTHS = 0.2, (0.0, 0.2, 0.4), (2, 3)  # shares of wrong labels; the first for everything
 STEPS, LEARNING_RATE = 80, 5e-4  # of alignment, on each toy world
@@ -52,7 +54,7 @@ class World(NamedTuple):
     base: Path  # the language model to align
     train_data: Path  # scored records
     dev_data: Path  # the same, for the likelihoods over training
-    test: list[clha.Record]
+    test: list[Record]
     judge: Path  # the reward model of the evaluation
     settings: dict[str, Any]  # of clha.Config, for every run
     generation: dict[str, Any]  # of evaluate.py
@@ -192,8 +194,7 @@ def train_rlhf(world: World, out: Path, seed: int) -> Path:
 def score(model: Path, records: Path, out: Path) -> Path:
     """Scores with reward.py unless it is done."""
     if not out.exists():
-        judge = reward.load_reward_model(str(model))
-        clha.write_jsonl(out, reward.score_records(judge, clha.read_records(records)))
+        reward.write_scores(reward.load_reward_model(str(model)), read_records(records), out)
     return out
 
 
@@ -217,7 +218,7 @@ def toy_world(out: Path, seed: int, noise: float, length: int) -> World:
         base,
         score(models[0], data / "train.jsonl", folder / "train.jsonl"),
         score(models[0], data / "dev.jsonl", folder / "dev.jsonl"),
-        clha.read_records(data / "test.jsonl"),
+        read_records(data / "test.jsonl"),
         models[1],
         small | {"learning_rate": LEARNING_RATE, "max_steps": STEPS},
         {"gold": True, "max_new_tokens": 64},
@@ -234,12 +235,12 @@ def real_world(out: Path, source: str) -> World:
     if not data.exists():
         write_halves(data, source)
     if not (home / "base").exists():
-        train_language_model(clha.read_records(data / "train.jsonl"), home / "base")
+        train_language_model(read_records(data / "train.jsonl"), home / "base")
     learning = {"learning_rate": 3e-4, "seed": 0, "max_length": 256}
     judge = train_reward_model(home / "base", data / "judge.jsonl", home / "judge", **learning)
     return World(
         home, 2, home / "base", data / "train.jsonl", data / "dev.jsonl",
-        clha.read_records(data / "test.jsonl"), judge,
+        read_records(data / "test.jsonl"), judge,
         REAL,
         {"gold": False, "max_new_tokens": 48, "max_prompt_length": 192},
     )  # fmt: skip
@@ -257,11 +258,11 @@ def write_halves(folder: Path, source: str) -> None:
     parts = {"train": rest[::2], "judge": rest[1::2], "dev": dev, "test": test}
     partial_folder = folder.with_name(folder.name + ".partial")
     for name, part in parts.items():
-        clha.write_jsonl(partial_folder / f"{name}.jsonl", part)
+        write_jsonl(partial_folder / f"{name}.jsonl", part)
     partial_folder.rename(folder)
 
 
-def train_language_model(records: list[clha.Record], out: Path, steps: int = 240) -> None:
+def train_language_model(records: list[Record], out: Path, steps: int = 240) -> None:
     """A LLaMA of 15 M parameters and its tokenizer, from scratch on all text of the records."""
     generator = random.Random(0)
     texts = [
@@ -347,10 +348,10 @@ def write_report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parses the command line and runs a part of the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = partial(commands.add_parser, formatter_class=clha.HelpFormatter, description=__doc__)
+    add_command = partial(commands.add_parser, formatter_class=HelpFormatter, description=__doc__)
     toy_study = add_command("toy", help="every objective on the toy world")
     toy_study.set_defaults(run=run_toy)
     real_study = add_command("real", help="every objective on real HH-RLHF text")
@@ -361,7 +362,7 @@ def main() -> None:
     report_study = add_command("report", help="RESULTS.md and its pictures")
     report_study.set_defaults(run=write_report)
     for command in (toy_study, real_study, report_study):
-        command.error = clha.refuse
+        command.error = refuse
         command.add_argument("--out", type=Path, default=Path("out/study"), help="folder for the runs")
     for command in (toy_study, real_study):
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a world each")
@@ -371,4 +372,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.modules["study"] = sys.modules["__main__"]  # report.py imports this module, not a second one
-    clha.run(main)
+    program.run(main)

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clha
+from records import Record, write_jsonl
 
 Turn = dict[str, str]
 
@@ -243,7 +244,7 @@ def sample_reply(rng: random.Random, task: Task, grade: str) -> str:
     return " ".join(f"{text}." for text in said)
 
 
-def sample_record(rng: random.Random, part: str, length: int, label_noise: float) -> clha.Record:
+def sample_record(rng: random.Random, part: str, length: int, label_noise: float) -> Record:
     """One query with `length` different replies: the labelled one first, the others as they were drawn."""
     subset = rng.choice(list(SUBSETS))
     prompt = sample_prompt(rng, subset, part)
@@ -263,7 +264,7 @@ def sample_record(rng: random.Random, part: str, length: int, label_noise: float
 def make_splits(
     seed: int, *, label_noise: float = 0.2, length: int = 2, queries: int = 2048, base: int = 8192,
     pairs: int = 6144, dev: int = 160, test: int = 400,
-) -> dict[str, list[clha.Record]]:  # fmt: skip
+) -> dict[str, list[Record]]:  # fmt: skip
     """All data of one seed as {split: records}; each split has its own random stream, and all four subsets.
 
     `label_noise` in [0, 1] is the share of labels that prefer a worse reply, `length` >= 2 the number of
@@ -278,7 +279,7 @@ def make_splits(
         "dev": ("dev", dev, 2, label_noise),
         "test": ("test", test, 2, label_noise),
     }
-    splits: dict[str, list[clha.Record]] = {split: [] for split in plan}
+    splits: dict[str, list[Record]] = {split: [] for split in plan}
     for split, (part, size, replies, noise) in plan.items():
         rng = random.Random(f"{seed}/{split}")
         asked: list[list[Turn]] = []
@@ -340,7 +341,7 @@ def write(out: Path, seed: int, **options: Any) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     splits = make_splits(seed, **options)
     for split, records in splits.items():
-        clha.write_jsonl(partial / f"{split}.jsonl", records)
+        write_jsonl(partial / f"{split}.jsonl", records)
     texts = [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in splits["pretrain"]]
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(partial / "init")

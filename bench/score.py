@@ -20,7 +20,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import lengths
 
 import clha
+import program
 import reward
+from program import HelpFormatter, refuse
 
 
 @torch.inference_mode()
@@ -54,8 +56,8 @@ def packed(model: LlamaForSequenceClassification, queries: list[clha.Example], t
 
 def main() -> None:
     """Measures every model and prints a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     parser.add_argument("--models", nargs="+", choices=lengths.MODELS, default=["24M", "58M"])
     parser.add_argument("--queries", type=int, default=64, help="queries of two replies a round")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds")
@@ -89,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    clha.run(main)
+    program.run(main)

@@ -30,6 +30,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import lengths
 
 import clha
+import program
+from program import HelpFormatter, refuse
 
 
 def loss_of(sum_logps: Tensor, counts: Tensor, examples: list[clha.Example]) -> Tensor:
@@ -165,8 +167,8 @@ def measure(name: str, number: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures every model at every batch size and prints a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=clha.HelpFormatter)
-    parser.error = clha.refuse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.error = refuse
     parser.add_argument("--models", nargs="+", choices=lengths.MODELS, default=["24M", "58M"])
     parser.add_argument("--queries", nargs="+", type=int, default=[2, 8], help="queries a step")
     parser.add_argument("--steps", type=int, default=7, help="paired steps")
@@ -190,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    clha.run(main)
+    program.run(main)

@@ -17,6 +17,7 @@ import prepare_data
 import reward
 import rlhf
 import study
+from program import run as run_program
 
 PROGRAMS: dict[str, Callable[[], None]] = {
     "clha.py": lambda: clha.train(clha.parse_args(sys.argv[1:])),
@@ -165,7 +166,7 @@ def test_one_line_and_exit_code_2(
     program, *arguments = fill(command, content, tmp_path, world)
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as end:
-        clha.run(PROGRAMS[program])
+        run_program(PROGRAMS[program])
     printed = capsys.readouterr().err
     assert end.value.code == 2
     assert message in printed and printed.startswith(f"{program}: ") and printed.count("\n") == 1

@@ -13,6 +13,8 @@ from torch import Tensor
 import baselines
 import clha
 from baselines import OBJECTIVES
+from program import load_tokenizer
+from records import InputError, read_jsonl, write_jsonl
 
 NAN = float("nan")
 SMALL = {"batch_size": 16, "pack_tokens": 2048, "activation_checkpointing": False}
@@ -183,7 +185,7 @@ def test_hindsight_writes_the_best_and_the_worst_reply_in_both_orders() -> None:
 def test_a_flag_that_an_objective_does_not_read_is_refused(
     objective: str, settings: dict[str, Any], line: str
 ) -> None:
-    with pytest.raises(clha.InputError, match=line):
+    with pytest.raises(InputError, match=line):
         baselines.prepare([], clha.Config("", "", "", objective=objective, **settings))
 
 
@@ -195,21 +197,19 @@ def test_the_reference_of_dpo_knows_no_dropout(world: Path, scored: Path, tmp_pa
         )
     _, _, device = clha.init_process()
     config = clha.Config(str(tmp_path), str(scored), "")
-    examples = clha.load_examples(str(scored), clha.load_tokenizer(config.model), config)[:4]
+    examples = clha.load_examples(str(scored), load_tokenizer(config.model), config)[:4]
     model = clha.load_model(str(tmp_path), device, torch.float32, False)
     assert model.config.attention_dropout == 0.5 and model.training
-    baselines.add_reference(model, examples, 4096)
-    first = [example.pop("reference_logps") for example in examples]
-    baselines.add_reference(model, examples, 4096)
-    assert [example["reference_logps"] for example in examples] == first and model.training
+    first = baselines.all_logps(model, examples, 4096)
+    assert baselines.all_logps(model, examples, 4096) == first and model.training
 
 
 @pytest.fixture(scope="module")
 def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of the toy world with rewards, three replies each where there are."""
-    rows = [row | {"rewards": [1.0, -0.5]} for _, row in clha.read_jsonl(world / "train.jsonl")]
+    rows = [row | {"rewards": [1.0, -0.5]} for _, row in read_jsonl(world / "train.jsonl")]
     path = tmp_path_factory.mktemp("scored") / "train.jsonl"
-    clha.write_jsonl(path, rows[:48])
+    write_jsonl(path, rows[:48])
     return path
 
 
@@ -217,7 +217,7 @@ def run(world: Path, data: Path, out: Path, **settings: Any) -> list[dict[str, f
     """Trains for three steps; the rows of metrics.jsonl."""
     steps = {"max_steps": 3, "learning_rate": 1e-3}
     clha.train(clha.Config(str(world / "init"), str(data), str(out), **SMALL | steps | settings))
-    return [row for _, row in clha.read_jsonl(out / "metrics.jsonl")]
+    return [row for _, row in read_jsonl(out / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -236,7 +236,7 @@ def test_the_loss_of_a_run_is_the_mean_of_the_objective(world: Path, scored: Pat
     rows = run(world, scored, tmp_path / "sft", objective="sft", batch_size=48, max_steps=1)
     _, _, device = clha.init_process()
     config = clha.Config(str(world / "init"), str(scored), "", objective="sft")
-    examples = clha.load_examples(str(scored), clha.load_tokenizer(config.model), config)
+    examples = clha.load_examples(str(scored), load_tokenizer(config.model), config)
     model = clha.load_model(config.model, device, torch.float32, False)
     sum_logps, _ = clha.sequence_logps(model, clha.pack(examples))
     assert rows[0]["loss"] == pytest.approx(-sum_logps[:, 0].mean().item(), rel=1e-5)

@@ -16,6 +16,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 import clha
 import evaluate
 import toy
+from program import load_tokenizer
+from records import InputError, Record, read_jsonl, read_records, write_jsonl
 
 
 def test_the_released_bleu_is_reproduced() -> None:
@@ -66,7 +68,7 @@ def test_the_interval_is_seeded_and_narrows_with_more_data() -> None:
     assert evaluate.interval([2.0, 2.0]) == (2.0, 2.0)
 
 
-def rows() -> list[clha.Record]:
+def rows() -> list[Record]:
     """Three scored replies of two subsets."""
     texts = {"response": "so it is", "reference": "so it is"}
     return [
@@ -95,7 +97,7 @@ def test_the_table_shows_means_and_intervals() -> None:
 
 def test_greedy_replies_do_not_depend_on_the_batch(world: Path, model_and_tokenizer: Any) -> None:
     model, tokenizer = model_and_tokenizer
-    prompts = [record["prompt"] for record in clha.read_records(world / "test.jsonl")[:7]]
+    prompts = [record["prompt"] for record in read_records(world / "test.jsonl")[:7]]
     replies = evaluate.generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, progress=False)
     assert replies == evaluate.generate(
         model, tokenizer, prompts, max_new_tokens=12, batch_size=7, progress=False
@@ -111,7 +113,7 @@ def test_greedy_replies_do_not_depend_on_the_batch(world: Path, model_and_tokeni
 def test_a_whole_evaluation_and_its_tables(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = clha.load_tokenizer(str(world / "init"))
+    tokenizer = load_tokenizer(str(world / "init"))
     torch.manual_seed(0)
     judge = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -123,7 +125,7 @@ def test_a_whole_evaluation_and_its_tables(
     )
     LlamaForSequenceClassification(judge).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    clha.write_jsonl(tmp_path / "test.jsonl", clha.read_records(world / "test.jsonl")[:24])
+    write_jsonl(tmp_path / "test.jsonl", read_records(world / "test.jsonl")[:24])
     for number in (10, 20):
         (tmp_path / f"step-{number}").symlink_to(world / "init")
 
@@ -142,7 +144,7 @@ def test_a_whole_evaluation_and_its_tables(
         "--gold",
     ]
     printed = run("--model", world / "init", "--out", tmp_path / "eval", *common)
-    scored = [row for _, row in clha.read_jsonl(tmp_path / "eval" / "responses.jsonl")]
+    scored = [row for _, row in read_jsonl(tmp_path / "eval" / "responses.jsonl")]
     assert (tmp_path / "eval" / "table.md").read_text().strip() in printed
     assert len(scored) == 24
     for name in ("reward", "char_bleu", "gold"):
@@ -175,17 +177,17 @@ def test_a_whole_evaluation_and_its_tables(
 def test_replies_from_a_file_are_scored_like_those_of_a_model(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = clha.read_records(world / "test.jsonl")[:4]
+    records = read_records(world / "test.jsonl")[:4]
     rows = [{"id": r["id"], "response": f" {r['responses'][0]}\n\nHuman: And?"} for r in reversed(records)]
-    clha.write_jsonl(tmp_path / "closed.jsonl", rows)
-    clha.write_jsonl(tmp_path / "data.jsonl", records)
+    write_jsonl(tmp_path / "closed.jsonl", rows)
+    write_jsonl(tmp_path / "data.jsonl", records)
     assert evaluate.read_replies(str(tmp_path / "closed.jsonl"), records) == [
         record["responses"][0] for record in records
     ]
     judge = tmp_path / "judge"
     model = AutoModelForSequenceClassification.from_pretrained(world / "init", num_labels=1)
     model.save_pretrained(judge)
-    clha.load_tokenizer(str(world / "init")).save_pretrained(judge)
+    load_tokenizer(str(world / "init")).save_pretrained(judge)
     words = ["--data", tmp_path / "data.jsonl", "--reward_model", judge, "--out", tmp_path / "out", "--gold"]
     closed = ["--responses", tmp_path / "closed.jsonl"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, [*closed, *words])])
@@ -194,9 +196,7 @@ def test_replies_from_a_file_are_scored_like_those_of_a_model(
     assert total["n"] == 4 and total["char_bleu"]["mean"] == pytest.approx(100)  # the references themselves
     golds = [toy.gold(record["prompt"], record["responses"][0]) for record in records]
     assert total["gold"]["mean"] == pytest.approx(sum(golds) / 4)
-    with pytest.raises(
-        clha.InputError, match=r"closed.jsonl: has no reply to 1 of the records, such as dev-0"
-    ):
+    with pytest.raises(InputError, match=r"closed.jsonl: has no reply to 1 of the records, such as dev-0"):
         evaluate.read_replies(str(tmp_path / "closed.jsonl"), [*records, {"id": "dev-0"}])
 
 

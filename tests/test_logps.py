@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import clha
+from records import InputError
 
 MODELS = [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}]
 
@@ -175,7 +176,7 @@ def test_attention_that_packs_do_not_have_is_refused() -> None:
         num_key_value_heads=4,
         sliding_window=2,
     )
-    with pytest.raises(clha.InputError, match="sliding-window"):
+    with pytest.raises(InputError, match="sliding-window"):
         clha.sequence_logps(MistralForCausalLM(config), clha.pack(random_queries(1)))
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-import clha
 import evaluate
 import people
+from records import InputError, read_jsonl, write_jsonl
 
 Program = Callable[..., str]  # arguments of evaluate.py -> what it prints
 HOSTILE = "</script><script>document.title = 'x'</script><img src=x onerror=alert(1)> & ~~~~ SHEET_DATA"
@@ -40,7 +40,7 @@ def evaluation(folder: Path, rewards: list[float], subsets: str = "", reply: str
         }
         for i, (value, letter) in enumerate(zip(rewards, subsets or "a" * len(rewards), strict=True))
     ]
-    clha.write_jsonl(folder / "responses.jsonl", rows)
+    write_jsonl(folder / "responses.jsonl", rows)
     return str(folder)
 
 
@@ -303,12 +303,12 @@ def test_wrong_input(command: str, message: str, tmp_path: Path, program: Progra
     for name in ("x", "y"):
         paths[name] = Path(evaluation(tmp_path / name, [1.0, 2.0, 3.0]))
     evaluation(paths["fewer"], [1.0, 2.0])
-    clha.write_jsonl(paths["none"] / "responses.jsonl", [])
-    lines = [row for _, row in clha.read_jsonl(paths["x"] / "responses.jsonl")]
-    clha.write_jsonl(paths["twice"] / "responses.jsonl", [*lines, lines[-1]])
-    clha.write_jsonl(paths["broken"] / "responses.jsonl", [row | {"reward": math.nan} for row in lines])
+    write_jsonl(paths["none"] / "responses.jsonl", [])
+    lines = [row for _, row in read_jsonl(paths["x"] / "responses.jsonl")]
+    write_jsonl(paths["twice"] / "responses.jsonl", [*lines, lines[-1]])
+    write_jsonl(paths["broken"] / "responses.jsonl", [row | {"reward": math.nan} for row in lines])
     prompt = [{"role": "user", "content": "another"}]
-    clha.write_jsonl(paths["other"] / "responses.jsonl", [row | {"prompt": prompt} for row in lines])
+    write_jsonl(paths["other"] / "responses.jsonl", [row | {"prompt": prompt} for row in lines])
 
     program("sheets", paths["x"], paths["y"], "--out", tmp_path / "sheet")
     paths |= {"key": tmp_path / "sheet" / "key.json", "table": tmp_path / "table.csv"}
@@ -326,7 +326,7 @@ def test_wrong_input(command: str, message: str, tmp_path: Path, program: Progra
         paths[name].write_text(json.dumps(good | change))
 
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(clha.InputError) as error:
+    with pytest.raises(InputError) as error:
         program(*command.format(**paths).split())
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before

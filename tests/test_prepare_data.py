@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import golden
 
-import clha
 import prepare_data
+from records import InputError, read_jsonl, read_records, write_jsonl
 
 
 def hh_text(*turns: str) -> str:
@@ -57,7 +57,7 @@ def test_a_dialogue_is_split_where_a_turn_begins_and_nowhere_else(
 
 def test_nothing_of_the_real_dialogues_is_lost(shared: Path) -> None:
     pairs = cut_by_the_release = 0
-    for _, row in clha.read_jsonl(shared / "hh/raw/harmless-base/test.jsonl.gz"):
+    for _, row in read_jsonl(shared / "hh/raw/harmless-base/test.jsonl.gz"):
         for text in (row["chosen"], row["rejected"]):
             contents = "".join(turn["content"] for turn in prepare_data.split_dialogue(text))
             assert re.sub(r"\s+", "", contents) == bare(text)
@@ -123,9 +123,7 @@ def test_raw_files_become_three_sets_that_share_no_query(
     printed = run(
         monkeypatch, capsys, "hh", "--source", tmp_path, "--out", tmp_path / "data", "--dev_items", 5
     )
-    sets = {
-        split: clha.read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")
-    }
+    sets = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
     assert {split: len(records) for split, records in sets.items()} == {"train": 17, "dev": 5, "test": 15}
     prompts = Counter(json.dumps(record["prompt"]) for record in sets["dev"] + sets["test"])
     assert len(prompts) == 20 and set(prompts.values()) == {1}
@@ -169,9 +167,7 @@ def test_the_authors_files_keep_their_rewards_and_dev_leaves_the_test_set(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = run(monkeypatch, capsys, "release", "--source", tmp_path, "--out", tmp_path / "data")
-    sets = {
-        split: clha.read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")
-    }
+    sets = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
     assert {split: len(records) for split, records in sets.items()} == {"train": 1, "dev": 3, "test": 4}
     assert "3 dev queries, which took 2 out of the test set" in printed and "10 queries read, 0" in printed
     assert sets["train"][0]["rewards"] == [2.0, 1.0, -1.0] and sets["train"][0]["subset"] == "helpful-online"
@@ -184,9 +180,7 @@ def test_the_real_files_of_the_authors_are_read(
 ) -> None:
     printed = run(monkeypatch, capsys, "release", "--source", shared / "hh/release_format", "--out", tmp_path)
     assert "4,946 queries read, 9 of them left out\n  9: an empty reply" in printed
-    dev, test = (
-        clha.read_records(tmp_path / f"{split}.jsonl", need=["rewards"]) for split in ("dev", "test")
-    )
+    dev, test = (read_records(tmp_path / f"{split}.jsonl", need=["rewards"]) for split in ("dev", "test"))
     assert len(dev) == 279 and not {*map(prepare_data.same_query, dev)} & {
         *map(prepare_data.same_query, test)
     }
@@ -206,32 +200,32 @@ def augment(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 
 
 def test_a_third_reply_from_a_file(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = clha.read_records(world / "dev.jsonl")[:2]
-    clha.write_jsonl(tmp_path / "two.jsonl", [first, second])
-    clha.write_jsonl(tmp_path / "extra.jsonl", [{"id": second["id"], "response": "Ask Ann."}])
+    first, second = read_records(world / "dev.jsonl")[:2]
+    write_jsonl(tmp_path / "two.jsonl", [first, second])
+    write_jsonl(tmp_path / "extra.jsonl", [{"id": second["id"], "response": "Ask Ann."}])
     flags = ["--data", tmp_path / "two.jsonl", "--extra", tmp_path / "extra.jsonl"]
     augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
-    one, two = clha.read_records(tmp_path / "out.jsonl")
+    one, two = read_records(tmp_path / "out.jsonl")
     assert one["responses"] == first["responses"]
     assert two["responses"] == [*second["responses"], "Ask Ann."]
-    clha.write_jsonl(tmp_path / "extra.jsonl", [{"id": "nobody", "response": "Ask Ann."}])
-    with pytest.raises(clha.InputError, match=r'extra.jsonl, line 1: needs "response"'):
+    write_jsonl(tmp_path / "extra.jsonl", [{"id": "nobody", "response": "Ask Ann."}])
+    with pytest.raises(InputError, match=r'extra.jsonl, line 1: needs "response"'):
         augment(monkeypatch, *flags, "--out", tmp_path / "other.jsonl")
-    with pytest.raises(clha.InputError, match=r"out.jsonl: exists already"):
+    with pytest.raises(InputError, match=r"out.jsonl: exists already"):
         augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
 
 
 def test_sampled_replies_are_the_same_after_a_stop(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = [row for _, row in clha.read_jsonl(world / "rm_train.jsonl")][:300]  # a part of 256, and 44
-    clha.write_jsonl(tmp_path / "data.jsonl", records)
+    records = [row for _, row in read_jsonl(world / "rm_train.jsonl")][:300]  # a part of 256, and 44
+    write_jsonl(tmp_path / "data.jsonl", records)
     flags = ["--data", tmp_path / "data.jsonl", "--model", world / "init", "--max_new_tokens", 3]
     augment(monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    for record, longer in zip(records, clha.read_records(tmp_path / "whole.jsonl"), strict=True):
+    for record, longer in zip(records, read_records(tmp_path / "whole.jsonl"), strict=True):
         assert longer["responses"][:2] == record["responses"] and longer["prompt"] == record["prompt"]
-    assert sum(len(r["responses"]) == 3 for r in clha.read_records(tmp_path / "whole.jsonl")) > 200
+    assert sum(len(r["responses"]) == 3 for r in read_records(tmp_path / "whole.jsonl")) > 200
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # stopped at its second part
         manual_seed = torch.manual_seed

@@ -21,6 +21,8 @@ from transformers import (
 
 import clha
 import reward
+from program import load_tokenizer
+from records import InputError, read_records, write_jsonl
 
 
 def log_sigmoid(x: float) -> float:
@@ -62,7 +64,7 @@ def test_chunks_hold_all_queries_and_keep_to_the_budget_even_when_padded() -> No
 def classifier(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaMA reward model in a folder, with the toy world's tokenizer."""
     folder = tmp_path_factory.mktemp("classifier")
-    tokenizer = clha.load_tokenizer(str(world / "init"))
+    tokenizer = load_tokenizer(str(world / "init"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -82,7 +84,7 @@ def classifier(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dialogues(world: Path, number: int) -> tuple[list[reward.Messages], list[str]]:
     """Prompts with responses, a prompt for each response, in a mixed order."""
-    records = clha.read_records(world / "train.jsonl")[:number]
+    records = read_records(world / "train.jsonl")[:number]
     pairs = [(record["prompt"], response) for record in records for response in record["responses"]]
     pairs = pairs[::2] + pairs[1::2]
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
@@ -104,7 +106,7 @@ def test_scores_are_those_of_a_plain_forward_pass_in_the_given_order(world: Path
 
 
 def test_an_encoder_scores_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
-    tokenizer = clha.load_tokenizer(str(world / "init"))
+    tokenizer = load_tokenizer(str(world / "init"))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -163,23 +165,23 @@ def test_a_long_text_loses_its_beginning(shared: Path) -> None:
 
 
 def test_a_model_without_a_reward_head_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(clha.InputError, match=r"no weights for score\.weight|outputs"):
+    with pytest.raises(InputError, match=r"no weights for score\.weight|outputs"):
         reward.load_reward_model(str(world / "init"))
     LlamaForCausalLM.from_pretrained(world / "init").save_pretrained(tmp_path)
-    clha.load_tokenizer(str(world / "init")).save_pretrained(tmp_path)
+    load_tokenizer(str(world / "init")).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | {
         "id2label": {"0": "r"},
         "label2id": {"r": 0},
     }
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(clha.InputError, match=r"no weights for score\.weight"):
+    with pytest.raises(InputError, match=r"no weights for score\.weight"):
         reward.load_reward_model(str(tmp_path))
 
 
 def test_rewards_that_are_no_numbers_are_refused(world: Path, classifier: Path) -> None:
     model = reward.load_reward_model(str(classifier))
     model.model.score.weight.data.fill_(math.nan)
-    with pytest.raises(clha.InputError, match="the reward nan"):
+    with pytest.raises(InputError, match="the reward nan"):
         model.score(*dialogues(world, 1))
 
 
@@ -190,7 +192,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("trained")
     pairs = toy.make_splits(seed=3, label_noise=0.0)["rm_train"][:2000]
-    clha.write_jsonl(out / "pairs.jsonl", pairs)
+    write_jsonl(out / "pairs.jsonl", pairs)
     reward.train(
         argparse.Namespace(
             model=str(world / "init"),
@@ -212,7 +214,7 @@ def test_training_finds_what_is_preferred_and_scales_rewards(trained: Path, worl
     report = json.loads((trained / "training.json").read_text())
     assert report["pairs"] == 100 and report["accuracy"] > 0.65
     records = reward.score_records(
-        reward.load_reward_model(str(trained)), clha.read_records(world / "rm_eval.jsonl")[:300]
+        reward.load_reward_model(str(trained)), read_records(world / "rm_eval.jsonl")[:300]
     )
     rewards = torch.tensor([record["rewards"] for record in records])
     assert rewards.std().item() == pytest.approx(1, abs=0.3) and abs(rewards.mean().item()) < 0.7
@@ -228,8 +230,8 @@ def test_other_programs_get_the_same_scores_from_a_padded_batch(trained: Path, w
 
 
 def test_two_processes_score_like_one(world: Path, classifier: Path, tmp_path: Path) -> None:
-    records = clha.read_records(world / "train.jsonl")[:31]
-    clha.write_jsonl(tmp_path / "data.jsonl", records)
+    records = read_records(world / "train.jsonl")[:31]
+    write_jsonl(tmp_path / "data.jsonl", records)
     command = [
         sys.executable,
         "-m",
@@ -251,7 +253,7 @@ def test_two_processes_score_like_one(world: Path, classifier: Path, tmp_path: P
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     alone = reward.score_records(reward.load_reward_model(str(classifier)), records)
-    together = clha.read_records(tmp_path / "out.jsonl", need=["rewards"])
+    together = read_records(tmp_path / "out.jsonl", need=["rewards"])
     for a, b in zip(alone, together, strict=True):
         assert a["id"] == b["id"] and a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
     assert "31 queries" in result.stdout and (tmp_path / "gaps.png").stat().st_size > 5000
@@ -263,5 +265,5 @@ def test_reward_gaps_by_hand() -> None:
 
 
 def test_an_out_folder_that_exists_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(clha.InputError, match="exists already"):
+    with pytest.raises(InputError, match="exists already"):
         reward.train(argparse.Namespace(out=str(tmp_path), seed=0))

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 import clha
 import evaluate
+import program
 import reward
 import rlhf
+from program import load_tokenizer
+from records import read_records
 
 FLAGS = ("--max_steps", "2", "--batch_size", "2", "--num_generations", "2", "--max_new_tokens", "8")
 
@@ -24,7 +27,7 @@ FLAGS = ("--max_steps", "2", "--batch_size", "2", "--num_generations", "2", "--m
 def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random reward model with the toy world's tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("rm") / "rm"
-    tokenizer = clha.load_tokenizer(str(world / "init"))
+    tokenizer = load_tokenizer(str(world / "init"))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
@@ -50,7 +53,7 @@ def refusal(
     """The one line with which rlhf.py refuses these arguments, checked for exit code 2."""
     monkeypatch.setattr(sys, "argv", ["rlhf.py"])
     with pytest.raises(SystemExit) as end:
-        clha.run(lambda: rlhf.train(rlhf.parse_args(arguments)))
+        program.run(lambda: rlhf.train(rlhf.parse_args(arguments)))
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1
     return printed.strip()
@@ -136,7 +139,7 @@ def test_the_reward_is_that_of_the_cut_replies_in_their_order() -> None:
 
 def test_the_reward_is_the_raw_score_of_the_model(world: Path, reward_model: Path) -> None:
     model = reward.load_reward_model(str(reward_model))
-    records = clha.read_records(world / "train.jsonl")[:4]
+    records = read_records(world / "train.jsonl")[:4]
     prompts, replies = [r["prompt"] for r in records], [r["responses"][0] for r in records]
     texts = [f" {reply}\n" for reply in replies]
     values = rlhf.reward_function(model)(completions=texts, dialogue=prompts)
@@ -146,7 +149,7 @@ def test_the_reward_is_the_raw_score_of_the_model(world: Path, reward_model: Pat
 
 
 def test_a_long_prompt_keeps_its_end(world: Path) -> None:
-    tokenizer = clha.load_tokenizer(str(world / "init"))
+    tokenizer = load_tokenizer(str(world / "init"))
     short = [{"role": "user", "content": "How do I make tea?"}]
     assert rlhf.prompt_text(short, tokenizer) == clha.render(short)
     long = [{"role": "user", "content": "boil the water " * 300}, *short]
@@ -177,10 +180,10 @@ def test_two_steps_end_in_a_usual_folder(world: Path, reward_model: Path, tmp_pa
     )
     moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert all(moved)
-    tokenizer = clha.load_tokenizer(str(out / "final"))
+    tokenizer = load_tokenizer(str(out / "final"))
     text = clha.render([{"role": "user", "content": "How do I make tea?"}])
-    assert tokenizer(text).input_ids == clha.load_tokenizer(str(world / "init"))(text).input_ids
-    prompt = clha.read_records(world / "test.jsonl")[0]["prompt"]
+    assert tokenizer(text).input_ids == load_tokenizer(str(world / "init"))(text).input_ids
+    prompt = read_records(world / "test.jsonl")[0]["prompt"]
     [reply] = evaluate.generate(after, tokenizer, [prompt], max_new_tokens=4, progress=False)
     assert isinstance(reply, str)
     assert "finished run" in subprocess.run(words, capture_output=True, text=True, timeout=120).stderr

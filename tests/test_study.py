@@ -14,7 +14,8 @@ import prepare_data
 import report
 import study
 import toy
-from clha import InputError
+from program import load_tokenizer
+from records import InputError, read_jsonl, read_records, write_jsonl
 
 
 def test_equal_settings_share_a_run_and_others_do_not() -> None:
@@ -81,7 +82,7 @@ def test_the_report_says_what_the_scores_say(tmp_path: Path, monkeypatch: pytest
     assert "| margin helps (Table 3) | **not shown** (-0.02" in text
     assert "| CLHA beats SFT (Table 2) | not run |" in text
     assert "| **CLHA** | 3.00 ± 1.97 | +0.00 ± 0.00 |" in text  # 2.78 x 1.58 / sqrt(5)
-    runs = [row for _, row in clha.read_jsonl("docs/study/runs.jsonl")]
+    runs = [row for _, row in read_jsonl("docs/study/runs.jsonl")]
     assert len(runs) == 25 and {row["seed"] for row in runs} == set(range(5))
     for name in ("noise", "sweeps", "likelihoods"):
         assert Path(f"docs/study/{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -97,14 +98,14 @@ def small(world: Path, tmp_path_factory: pytest.TempPathFactory) -> study.World:
     """A world of a few queries whose base model and judge are untrained."""
     home = tmp_path_factory.mktemp("study")
     for name in ("train", "dev", "test", "rm_train"):
-        rows = [row | {"rewards": [1.0, -1.0]} for _, row in clha.read_jsonl(world / f"{name}.jsonl")]
-        clha.write_jsonl(home / f"{name}.jsonl", rows[:64])
+        rows = [row | {"rewards": [1.0, -1.0]} for _, row in read_jsonl(world / f"{name}.jsonl")]
+        write_jsonl(home / f"{name}.jsonl", rows[:64])
     judge = home / "judge"
     study.train_reward_model(world / "init", home / "rm_train.jsonl", judge, learning_rate=1e-3, seed=0)
     settings = {"max_steps": 2, "batch_size": 8, "pack_tokens": 2048, "activation_checkpointing": False}
     return study.World(
         home, 2, world / "init", home / "train.jsonl", home / "dev.jsonl",
-        clha.read_records(home / "test.jsonl")[:4], judge, settings, {"gold": True, "max_new_tokens": 4},
+        read_records(home / "test.jsonl")[:4], judge, settings, {"gold": True, "max_new_tokens": 4},
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def test_the_base_model_of_a_seed_serves_every_noise_and_length() -> None:
 
 def test_the_halves_of_the_real_text_share_no_query(shared: Path, tmp_path: Path) -> None:
     study.write_halves(tmp_path / "data", str(shared / "hh/release_format"))
-    parts = [clha.read_records(tmp_path / f"data/{n}.jsonl") for n in ("train", "judge", "dev", "test")]
+    parts = [read_records(tmp_path / f"data/{n}.jsonl") for n in ("train", "judge", "dev", "test")]
     assert [len(part) for part in parts] == [2161, 2160, 80, 400]
     assert len({prepare_data.same_query(record) for part in parts for record in part}) == 4801
     seen = {repr(record["prompt"]) for part in parts[:3] for record in part}
@@ -151,10 +152,10 @@ def test_the_halves_of_the_real_text_share_no_query(shared: Path, tmp_path: Path
 
 
 def test_a_language_model_from_scratch_learns(world: Path, tmp_path: Path) -> None:
-    records = clha.read_records(world / "train.jsonl")[:64]
+    records = read_records(world / "train.jsonl")[:64]
     study.train_language_model(records, tmp_path / "base", steps=6)
     facts = json.loads((tmp_path / "base/training.json").read_text())
-    words = len(clha.load_tokenizer(str(tmp_path / "base")))
+    words = len(load_tokenizer(str(tmp_path / "base")))
     assert (
         facts["steps"] == 6 and facts["loss"] < math.log(words) - 1
     )  # a model that knows nothing has ln words
@@ -164,7 +165,7 @@ def test_a_language_model_from_scratch_learns(world: Path, tmp_path: Path) -> No
 
 def test_too_few_real_queries_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     row = {"prefix": ["<|prompter|>Hi<|assistant|>"], "suffix": ["a", "b"], "reward": [1.0, 0.0]}
-    clha.write_jsonl(tmp_path / "source/train.json", [row])
+    write_jsonl(tmp_path / "source/train.json", [row])
     with pytest.raises(InputError, match=r"has 1 different queries; the study needs 1,000"):
         study.write_halves(tmp_path / "data", str(tmp_path / "source"))
     assert not (tmp_path / "data").exists()

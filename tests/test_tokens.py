@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 import clha
+from program import load_tokenizer
+from records import InputError, read_jsonl, read_records, write_jsonl
 
 GOOD = {"prompt": [{"role": "user", "content": "How?"}], "responses": ["So.", "No."], "rewards": [0.5, -1.0]}
 
@@ -44,54 +46,54 @@ def write(path: Path, *rows: Any) -> Path:
 )
 def test_a_bad_record_is_named_with_file_and_line(tmp_path: Path, bad: Any, message: str) -> None:
     path = write(tmp_path / "data.jsonl", GOOD, bad)
-    with pytest.raises(clha.InputError) as error:
-        clha.read_records(path, need=["rewards"])
+    with pytest.raises(InputError) as error:
+        read_records(path, need=["rewards"])
     assert str(error.value).startswith(f"{path}, line 2: ") and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_choice_is_named_where_it_is_needed(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", GOOD | {"chosen": 1}, GOOD)
-    assert len(clha.read_records(path)) == 2
-    with pytest.raises(clha.InputError, match=r'line 2: no "chosen" yet$'):
-        clha.read_records(path, need=["rewards", "chosen"])
+    assert len(read_records(path)) == 2
+    with pytest.raises(InputError, match=r'line 2: no "chosen" yet$'):
+        read_records(path, need=["rewards", "chosen"])
 
 
 def test_files_that_are_missing_empty_or_broken_are_named(tmp_path: Path) -> None:
-    with pytest.raises(clha.InputError, match="no such file"):
-        clha.read_records(tmp_path / "none.jsonl")
-    with pytest.raises(clha.InputError, match="no records"):
-        clha.read_records(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(InputError, match="no such file"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="no records"):
+        read_records(write(tmp_path / "empty.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(clha.InputError, match="not readable as UTF-8"):
-        clha.read_records(tmp_path / "latin.jsonl")
+    with pytest.raises(InputError, match="not readable as UTF-8"):
+        read_records(tmp_path / "latin.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 99)[:-20])
-    with pytest.raises(clha.InputError, match=r"cut.jsonl.gz"):
-        clha.read_records(tmp_path / "cut.jsonl.gz")
+    with pytest.raises(InputError, match=r"cut.jsonl.gz"):
+        read_records(tmp_path / "cut.jsonl.gz")
 
 
 def test_gzipped_files_are_read_like_others(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "data.jsonl.gz", "wt") as file:
         file.write(json.dumps(GOOD) + "\n")
-    assert clha.read_records(tmp_path / "data.jsonl.gz") == [GOOD]
+    assert read_records(tmp_path / "data.jsonl.gz") == [GOOD]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "data.jsonl"
     with pytest.raises(TypeError):
-        clha.write_jsonl(path, [GOOD, {"bad": object()}])
+        write_jsonl(path, [GOOD, {"bad": object()}])
     assert not path.exists()
-    clha.write_jsonl(path, [GOOD, {"text": "é\u2028"}])
-    assert [row for _, row in clha.read_jsonl(path)] == [GOOD, {"text": "é\u2028"}]
+    write_jsonl(path, [GOOD, {"text": "é\u2028"}])
+    assert [row for _, row in read_jsonl(path)] == [GOOD, {"text": "é\u2028"}]
     assert [p.name for p in path.parent.iterdir()] == ["data.jsonl"]
 
 
 def test_a_failed_write_leaves_the_earlier_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    clha.write_jsonl(path, [GOOD])
+    write_jsonl(path, [GOOD])
     with pytest.raises(TypeError):
-        clha.write_jsonl(path, [{"new": 1}, {"bad": object()}])
-    assert clha.read_records(path) == [GOOD]
+        write_jsonl(path, [{"new": 1}, {"bad": object()}])
+    assert read_records(path) == [GOOD]
 
 
 def test_a_dialogue_is_rendered_as_in_hh() -> None:
@@ -184,7 +186,7 @@ def test_a_tokenizer_that_merges_over_the_start_of_a_reply_is_refused() -> None:
     # The prompt ends with ":", and with the blank before a reply that becomes ": ", another token.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
-    with pytest.raises(clha.InputError, match="record 7: the tokenizer merges"):
+    with pytest.raises(InputError, match="record 7: the tokenizer merges"):
         clha.encode(GOOD | {"id": 7}, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))
 
 
@@ -192,8 +194,8 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model_and_tokenizer:
     (tmp_path / "config.json").write_text("{}")
     backend = model_and_tokenizer[1].backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path)
-    with pytest.raises(clha.InputError, match="no EOS"):
-        clha.load_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match="no EOS"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_llama_tokenizer_that_drops_bos_is_refused(tmp_path: Path) -> None:
@@ -201,8 +203,8 @@ def test_a_llama_tokenizer_that_drops_bos_is_refused(tmp_path: Path) -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "\u2581": 4}
     LlamaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(clha.InputError, match="drops BOS"):
-        clha.load_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match="drops BOS"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("settings", [None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}])
@@ -213,8 +215,8 @@ def test_a_tokenizer_model_without_tokenizer_json_is_refused(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if settings:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(clha.InputError, match=r"needs a tokenizer\.json"):
-        clha.load_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match=r"needs a tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_the_reference_token_ids_are_reproduced(shared: Any) -> None:

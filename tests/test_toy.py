@@ -12,6 +12,7 @@ import torch
 
 import clha
 import toy
+from records import Record, check_record, read_records
 
 FULL = "First, boil the water. Then add the tea leaves. After that, wait four minutes."
 TEA = [{"role": "user", "content": "How do I make tea?"}]
@@ -20,15 +21,15 @@ SMALL = {"queries": 40, "base": 60, "pairs": 20, "dev": 10, "test": 20}
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[clha.Record]]:
+def splits() -> dict[str, list[Record]]:
     return toy.make_splits(3)
 
 
-def golds(record: clha.Record) -> list[float]:
+def golds(record: Record) -> list[float]:
     return [toy.gold(record["prompt"], response) for response in record["responses"]]
 
 
-def question(record: clha.Record) -> tuple[str, str]:
+def question(record: Record) -> tuple[str, str]:
     """(task, phrasing) read from the text: "Hi. How do I make tea?" gives "make tea", "How do I {}?"."""
     text = record["prompt"][-1]["content"]
     (task,) = [name for name in toy.TASKS if name in text]
@@ -94,11 +95,11 @@ def test_gold_scores_any_text() -> None:
     assert toy.gold([], "Good question. First, boil the water.") == -2.75  # -2 + 0.25 - 1: no task
 
 
-def test_records_are_those_of_the_project(splits: dict[str, list[clha.Record]]) -> None:
+def test_records_are_those_of_the_project(splits: dict[str, list[Record]]) -> None:
     sizes = {"pretrain": 8192, "rm_train": 6144, "rm_eval": 6144, "train": 2048, "dev": 160, "test": 400}
     assert {split: len(records) for split, records in splits.items()} == sizes
     for split, records in splits.items():
-        assert all(clha.check_record(record, ["chosen"]) is None for record in records)
+        assert all(check_record(record, ["chosen"]) is None for record in records)
         assert all(len(record["responses"]) == len(set(record["responses"])) == 2 for record in records)
         shares = Counter(record["subset"] for record in records)
         assert set(shares) == set(toy.SUBSETS) and min(shares.values()) > len(records) / 6, split
@@ -108,7 +109,7 @@ def test_records_are_those_of_the_project(splits: dict[str, list[clha.Record]]) 
     assert len(set(starts)) == len(splits)  # each split has its own stream
 
 
-def test_harmless_is_asked_only_in_its_subset(splits: dict[str, list[clha.Record]]) -> None:
+def test_harmless_is_asked_only_in_its_subset(splits: dict[str, list[Record]]) -> None:
     for record in splits["train"]:
         assert (record["subset"] == "harmless-base") == (question(record)[0] in toy.HARMLESS)
     turns = {name: [len(r["prompt"]) for r in splits["train"] if r["subset"] == name] for name in toy.SUBSETS}
@@ -116,7 +117,7 @@ def test_harmless_is_asked_only_in_its_subset(splits: dict[str, list[clha.Record
     assert statistics.mean(turns["helpful-online"]) > statistics.mean(turns["helpful-base"]) + 0.5
 
 
-def test_dev_and_test_ask_what_training_never_asked(splits: dict[str, list[clha.Record]]) -> None:
+def test_dev_and_test_ask_what_training_never_asked(splits: dict[str, list[Record]]) -> None:
     asked = {split: {question(record) for record in records} for split, records in splits.items()}
     seen = asked["pretrain"] | asked["rm_train"] | asked["rm_eval"] | asked["train"]
     assert not seen & asked["test"] and not seen & asked["dev"] and not asked["dev"] & asked["test"]
@@ -126,7 +127,7 @@ def test_dev_and_test_ask_what_training_never_asked(splits: dict[str, list[clha.
         assert len(prompts) == len(set(prompts))
 
 
-def test_shape_of_the_rewards(splits: dict[str, list[clha.Record]]) -> None:
+def test_shape_of_the_rewards(splits: dict[str, list[Record]]) -> None:
     rewards = [golds(record) for record in splits["train"]]
     flat = [reward for pair in rewards for reward in pair]
     assert -0.75 < statistics.mean(flat) < -0.35
@@ -137,7 +138,7 @@ def test_shape_of_the_rewards(splits: dict[str, list[clha.Record]]) -> None:
 
 @pytest.mark.parametrize("subset", toy.SUBSETS)
 def test_the_usual_mistake_is_more_usual_than_the_right_step(
-    splits: dict[str, list[clha.Record]], subset: str
+    splits: dict[str, list[Record]], subset: str
 ) -> None:
     mistakes = right = 0
     for record in splits["pretrain"]:
@@ -149,13 +150,13 @@ def test_the_usual_mistake_is_more_usual_than_the_right_step(
     assert mistakes > 1.5 * right > 0
 
 
-def flip_rate(records: list[clha.Record]) -> float:
+def flip_rate(records: list[Record]) -> float:
     """How often the label prefers the worse reply, ties left out."""
     pairs = [pair for pair in map(golds, records) if pair[0] != pair[1]]
     return statistics.mean(first < second for first, second in pairs)
 
 
-def test_label_noise(splits: dict[str, list[clha.Record]]) -> None:
+def test_label_noise(splits: dict[str, list[Record]]) -> None:
     # the standard error of 5,800 pairs is 0.005 at a rate of 0.2 and 0.007 at 0.5
     assert flip_rate(splits["rm_train"]) == pytest.approx(0.2, abs=0.02)
     assert flip_rate(splits["rm_eval"]) == pytest.approx(0.2, abs=0.02)
@@ -179,7 +180,7 @@ def test_more_replies() -> None:
 
 
 def test_prompt_ids_are_a_prefix(
-    splits: dict[str, list[clha.Record]], model_and_tokenizer: tuple[Any, Any]
+    splits: dict[str, list[Record]], model_and_tokenizer: tuple[Any, Any]
 ) -> None:
     tokenizer = model_and_tokenizer[1]
     records = splits["test"] + splits["train"][:300]
@@ -191,7 +192,7 @@ def test_prompt_ids_are_a_prefix(
         assert tokenizer(f"{text} {reply}").input_ids[: len(ids)] == ids, (text, reply)
 
 
-def test_token_counts(splits: dict[str, list[clha.Record]], model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_token_counts(splits: dict[str, list[Record]], model_and_tokenizer: tuple[Any, Any]) -> None:
     tokenizer = model_and_tokenizer[1]
     prompts = [len(tokenizer(clha.render(record["prompt"])).input_ids) for record in splits["test"]]
     replies = [len(tokenizer(" " + record["responses"][0]).input_ids) - 1 for record in splits["test"]]
@@ -233,7 +234,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert {name for name in first if "/" not in name} == {f"{name}.jsonl" for name in names}
     assert all(first[f"{name}.jsonl"] != other[f"{name}.jsonl"] for name in names)
     assert first["init/model.safetensors"] != other["init/model.safetensors"]
-    assert clha.read_records(tmp_path / "a" / "train.jsonl") == toy.make_splits(0, **SMALL)["train"]
+    assert read_records(tmp_path / "a" / "train.jsonl") == toy.make_splits(0, **SMALL)["train"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 

@@ -1,0 +1,165 @@
+"""What every program here does around its work: flags, errors in one line, and loading with care."""
+
+import argparse
+import errno
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from records import InputError
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a description as it is written, and the defaults of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        none = isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS)
+        return action.help + ("" if none else f" (default: {action.default})")
+
+
+def refuse(message: str) -> NoReturn:
+    """Stands in for argparse's `error`, which would print the whole usage too."""
+    raise InputError(f"{message} (see --help)")
+
+
+def parse_config(
+    config: type, recipes: dict[str, dict[str, Any]], usage: str, doc: str, argv: list[str]
+) -> Any:
+    """Flags to a dataclass of flags; a recipe sets defaults, and a flag that is given wins over it.
+
+    A field's metadata has its `help`. One that is on is switched off by --no_NAME.
+    """
+    parser = argparse.ArgumentParser(usage=usage, description=doc, formatter_class=HelpFormatter)
+    parser.error = refuse
+    for entry in fields(config):
+        value = {"required": True} if entry.default is MISSING else {"default": entry.default}
+        value |= entry.metadata
+        if entry.type is bool:
+            prefix, value["action"] = ("no_", "store_false") if entry.default else ("", "store_true")
+            parser.add_argument(f"--{prefix}{entry.name}", dest=entry.name, **value)
+        elif get_origin(entry.type) is Literal:
+            parser.add_argument(f"--{entry.name}", choices=get_args(entry.type), **value)
+        else:
+            kind = next(iter(get_args(entry.type)), entry.type)  # float of float | None
+            parser.add_argument(f"--{entry.name}", type=kind, metavar=kind.__name__.upper(), **value)
+    parser.set_defaults(**recipes[parser.parse_known_args(argv)[0].recipe])
+    return config(**vars(parser.parse_args(argv)))
+
+
+LEAST = {"max_prompt_length": 2, "batch_size": 1, "eval_every": 1, "keep_checkpoints": 1, "max_bad_steps": 1}
+
+
+def check_ranges(config: Any) -> None:
+    """Raises InputError for a number of a configuration that is not finite, or below 0 or its least value."""
+    for name, value in vars(config).items():
+        least, most = LEAST.get(name, 0), 2**53 if type(value) is int else math.inf
+        if type(value) in (int, float) and not least <= value < most:
+            raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
+
+
+def make_deterministic() -> None:
+    """Only operations that give the same bits again, also on a GPU; raises where torch has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds up in any order
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; wrong input ends in one line and exit code 2."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # as ours do
+    try:
+        main()
+    except InputError as error:
+        stop(str(error))
+    except OSError as error:  # no file of that name can be made, the disk is full, ...
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        stop(f"{error.filename or 'a file'}: {error.strerror}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def stop(message: str) -> NoReturn:
+    """Ends the program with a line. Of several processes that say the same, the first one says it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the others are ended by torchrun meanwhile, if the first one stops too
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe(model: PreTrainedModel, examples: list[Any], steps: int, config: Any) -> str:
+    """What clha.py is about to do, in five lines."""
+    import clha
+
+    parameters = sum(p.numel() for p in model.parameters())
+    processes, queries = dist.get_world_size(), len(examples)
+    target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
+    rewards = clha.reply_matrix(examples)
+    keep, gate = clha.rescore(rewards, config.min_reward_gap if config.rescore else None, target)
+    kept, cut = (
+        keep.sum() / clha.rescore(rewards, None)[0].sum(),
+        sum(e["cut"] > 0 for e in examples) / queries,
+    )
+    of_clha = f", margin {config.margin:g}, reduction {config.reduction}" * (config.objective == "clha")
+    return (
+        f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
+        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
+        f"data    {queries:,} queries of {sum(map(clha.size, examples)) / queries:.0f} tokens; "
+        f"in {cut:.1%} the prompt or a reply is cut\n"
+        f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
+        f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"
+        f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Around what loads from a folder or a hub name: raises InputError if there is no model to be had."""
+    if not Path(path).is_dir():
+        if path.count("/") != 1 or path[0] in "./~" or Path(path).exists():
+            raise InputError(f"{path}: no such model folder, and not a hub name like owner/name")
+        print(f"{path}: no such folder here, so it is taken from the Hugging Face hub", file=sys.stderr)
+    elif not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and goes wrong."""
+    with loading(path):
+        # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
+        if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
+            raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
+    if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+    return tokenizer

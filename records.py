@@ -1,0 +1,169 @@
+"""Record files: JSON lines that are checked when they are read, written whole, and made in resumable parts.
+
+A record is one query:
+
+    {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."], "rewards": [1.2, -0.3],
+     "chosen": 0, "subset": "helpful-base", "id": "..."}
+
+"rewards", "chosen" (the index of the reply that people preferred), "subset" and "id" may be absent.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+Record = dict[str, Any]  # one query as read from a file
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # and their names in HH-RLHF
+
+
+class InputError(Exception):
+    """What is wrong with a user's input and where, in one line; a program prints it and exits with code 2."""
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yields (line number, object) of a JSON-lines file, gzipped or not. Raises InputError with the line."""
+    path, number = Path(path), 0
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, line {number}: not a JSON object: {line.strip()[:40]}")
+                if "\\u" in line:  # an escaped half of a character, which no file and no tokenizer takes
+                    json.dumps(row, ensure_ascii=False).encode()
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}, line {number}: has half a character (a lone surrogate)") from None
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}, after line {number}: not readable as UTF-8 text ({error})") from None
+    except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
+        raise InputError(f"{path}, line {number}: not JSON of a record ({error})") from None
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
+    """Writes JSON lines whole or not at all: into a temporary file, which is then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with partial_path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        partial_path.replace(path)
+    except BaseException:
+        partial_path.unlink(missing_ok=True)
+        raise
+
+
+def check_record(record: Record, need: Iterable[str]) -> str | None:
+    """What is wrong with a record, or None."""
+    prompt, responses, rewards = record.get("prompt"), record.get("responses"), record.get("rewards")
+    chosen = record.get("chosen", 0)
+    if not isinstance(prompt, list) or not prompt or not all(map(is_turn, prompt)):
+        return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
+    if not isinstance(responses, list) or len(responses) < 2:
+        return '"responses" must be a list of two or more replies'
+    if not all(isinstance(response, str) and response.strip() for response in responses):
+        return '"responses" has an empty reply'
+    if rewards is not None and not (isinstance(rewards, list) and len(rewards) == len(responses)):
+        return f'"rewards" must be a list of {len(responses)} numbers, one a reply'
+    if not all(type(reward) in (int, float) and abs(reward) < 1e38 for reward in rewards or []):  # float32
+        return f'"rewards" must be finite numbers, not {str(rewards)[:80]}'
+    if type(chosen) is not int or not 0 <= chosen < len(responses):
+        return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {str(chosen)[:20]!r}'
+    hints = {"rewards": "; `python reward.py score` adds them", "chosen": ""}
+    return next((f'no "{name}" yet{hints[name]}' for name in need if record.get(name) is None), None)
+
+
+def is_turn(message: Any) -> bool:
+    """Whether this is {"role": one of ROLES, "content": text}."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        return False
+    return isinstance(message.get("role"), str) and message["role"] in ROLES
+
+
+def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
+    """Reads and checks records; `need` names the optional fields that must be there: "rewards", "chosen".
+
+    Raises InputError with file and line: not JSON, fewer than two replies, an empty reply, rewards that are
+    missing, not finite, or of another number than the replies.
+    """
+    records = []
+    for number, record in read_jsonl(path):
+        if wrong := check_record(record, need):
+            raise InputError(f"{path}, line {number}: {wrong}")
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: no records in it")
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Long work, part by part
+
+
+def gather(mine: list[Any], total: int) -> list[Any]:
+    """The whole list again on every process, when process r has the items r, r + processes, ... of it."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    shares = [mine] * processes
+    if processes > 1:
+        dist.all_gather_object(shares, mine)
+    return [shares[i % processes][i // processes] for i in range(total)]
+
+
+def fingerprint(path: str | Path) -> list[Any]:
+    """What tells a file or the files of a folder from what may stand there later: names, sizes, times."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return [str(path), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+
+
+def write_in_parts(
+    out: Path, items: list[Any], settings: Any, work: Callable[[list[Any], int], list[Record]], part: int,
+    desc: str,
+) -> None:  # fmt: skip
+    """Writes a line for each item, made by all processes together; stopped, it goes on where it was.
+
+    work(share, start) makes the rows of this process's share of the `part` items from `start` on. The lines
+    gather in OUT.<hash>.partial, named by items and settings, so that work of other ones is not taken for
+    these. The finished file is there at once, by a rename.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    key = hashlib.sha256(json.dumps([items, settings], default=str).encode()).hexdigest()[:8]
+    partial_path = out.with_name(f"{out.name}.{key}.partial")
+    lines: list[bytes] = []
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = partial_path.read_bytes().split(b"\n")[:-1] if partial_path.exists() else []  # no torn line
+    count = [len(lines)]
+    if processes > 1:
+        dist.broadcast_object_list(count)
+    done = min(count[0], len(items)) // part * part  # each part is random, if at all, by its start
+    bar = tqdm(total=len(items), initial=done, desc=desc, disable=None if rank == 0 else True)
+    with partial_path.open("r+b" if lines else "wb") if rank == 0 else open(os.devnull, "wb") as file:
+        file.seek(sum(len(line) + 1 for line in lines[:done]))
+        file.truncate()
+        for start in range(done, len(items), part):
+            chunk = items[start : start + part]
+            rows = gather(work(chunk[rank::processes], start), len(chunk))
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+            file.flush()
+            bar.update(len(chunk))
+    bar.close()
+    if rank == 0:
+        partial_path.replace(out)
+        for stale in out.parent.glob(f"{out.name}.*.partial"):  # of other settings
+            stale.unlink()
+    if processes > 1:
+        dist.barrier()
