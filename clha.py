@@ -389,8 +389,7 @@ def init_process() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **program.rendezvous())
     return dist.get_rank(), dist.get_world_size(), device
 
 

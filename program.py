@@ -73,6 +73,23 @@ def check_ranges(config: Any) -> None:
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
 
 
+def rendezvous() -> dict[str, Any]:
+    """Where the processes of `init_process_group` find each other: a group of one, or torchrun's.
+
+    On one machine torchrun keeps its store when it restarts the processes, and they would find the addresses
+    of the dead (pytorch/pytorch#135712); so each start has keys of its own. (With several machines, whose
+    restarts are not counted together, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment helps.)
+    """
+    get = os.environ.get
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if get("TORCHELASTIC_USE_AGENT_STORE") != "True" or get("LOCAL_WORLD_SIZE") != get("WORLD_SIZE"):
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"start {get('TORCHELASTIC_RESTART_COUNT')}", store)
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
 def make_deterministic() -> None:
     """Only operations that give the same bits again, also on a GPU; raises where torch has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
