@@ -101,6 +101,8 @@ class Trial:
 
     def kill(self, everything: bool, generator: random.Random) -> None:
         """SIGKILL to one of the processes that train, or to all and torchrun."""
+        if not everything:
+            self.until(self.workers)  # torchrun itself takes seconds to start
         workers = self.workers()
         for pid in [self.process.pid, *workers] if everything else [generator.choice(workers)]:
             try:
