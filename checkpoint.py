@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import program
-from records import InputError
+from records import InputError, new_folder
 
 # What may differ between a run and its continuation without being named: it changes no weight.
 FREE = {
@@ -389,10 +389,9 @@ def main() -> None:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     read_tensors({f"model.{name}": weight.data for name, weight in model.named_parameters()}, args.checkpoint)
-    partial = args.out.with_name(args.out.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(args.out)
+    with new_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{args.out} is a Hugging Face folder, in float32")
 
 

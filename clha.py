@@ -45,7 +45,7 @@ from transformers.masking_utils import sdpa_mask
 import checkpoint
 import program
 from program import load_tokenizer, loading
-from records import ROLES, InputError, Record, read_records
+from records import ROLES, InputError, Record, new_folder, read_records
 
 Example = dict[str, Any]  # one query as token ids: what `encode` returns
 Batch = dict[str, Any]  # some queries in one row: what `pack` returns
@@ -435,13 +435,12 @@ def save_model(
     if dist.get_rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-        partial_path = path.with_name(path.name + ".partial")
         tied = plain.all_tied_weights_keys  # they stand in the file once, under their other name
         weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
-        plain.save_pretrained(partial_path, state_dict=weights)
-        tokenizer.save_pretrained(partial_path)
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier run that did not end
-        partial_path.rename(path)
+        shutil.rmtree(path, ignore_errors=True)  # step-N, of a run that was stopped after it
+        with new_folder(path) as folder:
+            plain.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
     dist.barrier()
 
 

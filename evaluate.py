@@ -260,6 +260,8 @@ def make_judge(
 
     The model may be sharded: then all processes call it together.
     """
+    if not config.dev_data:
+        raise InputError("--reward_model: needs --dev_data, whose prompts the model replies to")
     judge = reward.load_reward_model(config.reward_model, device)
     rank, processes, prompts = *clha.init_process()[:2], [r["prompt"] for r in read_records(config.dev_data)]
     share = prompts[rank::processes]
@@ -297,9 +299,15 @@ def read_replies(path: str, records: list[Record]) -> list[str]:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The scores that an earlier evaluation left in a folder."""
-    if not (folder / "scores.json").is_file():
+    path = folder / "scores.json"
+    if not path.is_file():
         raise InputError(f"{folder}: no scores.json in it; `evaluate.py --model ... --out {folder}` makes it")
-    return json.loads((folder / "scores.json").read_text())
+    summary = program.read_json(path, {"Total": dict}, "the scores of an evaluation")
+    try:
+        table({"": summary})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: not the scores of an evaluation; make them again") from None
+    return summary
 
 
 def step_of(name: str) -> int:
@@ -320,7 +328,7 @@ def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
         axes.plot(steps, [row["mean"] for row in rows], marker="o")
         axes.fill_between(steps, *zip(*(row["interval"] for row in rows), strict=True), alpha=0.2)
         axes.set(xlabel="step", ylabel={"reward": "mean sigmoid reward, %", "gold": "mean gold reward"}[name])
-    figure.savefig(path, dpi=150)
+    reward.save_picture(figure, path)
 
 
 def main() -> None:
@@ -353,6 +361,7 @@ def main() -> None:
     parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
     parser.add_argument("--plot", default="", help="picture of the reward of models step-N against N")
     args = parser.parse_args()
+    program.check_ranges(args)
     if "run" in args:
         args.run(args)
         return
@@ -372,15 +381,14 @@ def main() -> None:
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
         refuse(f"the following arguments are required: {', '.join(missing)}")
 
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise InputError("--batch_size and --max_new_tokens must be 1 or more")
+    program.check_out(args.out, "folder")
     records, out = read_records(args.data), Path(args.out)
     single = len(args.model) == 1
     folders = {path: out if single else out / Path(path).name for path in args.model}
     if len(set(folders.values())) < len(args.model):
         raise InputError(f"--model: two of {', '.join(args.model)} have one name; evaluate them one by one")
     if args.plot:
-        reward.import_pyplot()  # what is wrong is said now rather than after the work
+        reward.check_plot(args.plot)  # what is wrong is said now rather than after the work
     for path in args.model:
         _ = read_replies(path, records) if args.responses else load_tokenizer(path)
     judge = reward.load_reward_model(args.reward_model, clha.init_process()[2])

@@ -29,8 +29,8 @@ import torch
 import clha
 import evaluate
 import reward
-from program import HelpFormatter, refuse
-from records import InputError, Record, check_record, read_jsonl
+from program import HelpFormatter, check_out, read_json, refuse
+from records import InputError, Record, check_record, new_folder, read_jsonl
 
 Evaluation = dict[str, Record]  # item -> its line of responses.jsonl
 ANSWERS = ("left", "right", "tie")
@@ -48,8 +48,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     for number, row in read_jsonl(path):
         item = str(number if row.get("id") is None else row["id"])
         texts = isinstance(row.get("subset"), str) and isinstance(row.get("response"), str)
-        record = {"prompt": row.get("prompt"), "rewards": [row.get("reward"), 0], "responses": ["-"] * 2}
-        if not texts or check_record(record, []):
+        record = {"prompt": row.get("prompt"), "responses": ["-"] * 2}
+        if not texts or check_record(record | {"rewards": [row.get("reward"), row.get("gold", 0)]}, []):
             raise InputError(f"{path}, line {number}: no reply of an evaluation with its reward")
         if item in rows:
             raise InputError(f"{path}, line {number}: a second reply to item {item}")
@@ -131,9 +131,7 @@ def csv_sheet(sheet: list[Record], sheet_id: str) -> str:
 
 def sheets(args: argparse.Namespace) -> None:
     """Writes sheet.html, sheet.csv and key.json for two evaluated folders."""
-    refuse_existing(args.out)
-    if args.items < 1:
-        raise InputError(f"--items {args.items}: must be 1 or more")
+    check_out(args.out, "new")
     sheet, key = make_sheet(read_evaluations(args.folders), args.items, args.seed)
     texts = {"sheet.html": html_sheet(sheet, key["sheet"]), "sheet.csv": csv_sheet(sheet, key["sheet"])}
     write_folder(args.out, texts | {"key.json": json.dumps(key, indent=2) + "\n"})
@@ -144,15 +142,16 @@ def sheets(args: argparse.Namespace) -> None:
 # The tally
 
 
-def read_json(path: str, need: dict[str, type], what: str) -> Record:
-    """An object from a JSON file. Raises InputError where it lacks what it needs, {name: type}."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict) or not all(isinstance(value.get(name), need[name]) for name in need):
-        raise InputError(f"{path}: not {what}, with {', '.join(need)}")
-    return value
+def read_key(path: str) -> Record:
+    """The key that `make_sheet` made. Raises InputError where it is not as that says."""
+    key = read_json(path, {"sheet": str, "models": list, "items": dict}, "the key of a sheet")
+    if len(key["models"]) != 2 or not all(isinstance(model, str) for model in key["models"]):
+        raise InputError(f'{path}: "models" must be the names of two models')
+    for item, row in key["items"].items():
+        whole = isinstance(row, dict) and isinstance(row.get("subset"), str)
+        if not whole or row.get("left") not in key["models"]:
+            raise InputError(f'{path}, item {item}: needs "subset", a text, and "left", one of the models')
+    return key
 
 
 def read_csv(path: str) -> Record:
@@ -241,15 +240,16 @@ def plot_shares(summary: dict[str, dict[str, Any]], models: list[str], path: str
     axes.invert_yaxis()  # the first row on top, as in the table
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    reward.save_picture(figure, path)
 
 
 def tally(args: argparse.Namespace) -> None:
     """Prints wins, ties and losses by the majority of the annotators, and how far they agree."""
-    refuse_existing(args.out)
+    if args.out:
+        check_out(args.out, "new")
     if args.plot:
-        reward.import_pyplot()  # what is wrong is said now rather than after the work
-    key = read_json(args.key, {"sheet": str, "models": list, "items": dict}, "the key of a sheet")
+        reward.check_plot(args.plot)  # what is wrong is said now rather than after the work
+    key = read_key(args.key)
     annotators: dict[str, dict[str, str]] = {}
     for path in args.answers:
         name, votes = read_votes(path, key)
@@ -316,7 +316,8 @@ def cases(models: tuple[str, str], rows: Evaluation, other: Evaluation, count: i
 
 def compare(args: argparse.Namespace) -> None:
     """Prints how often one model's reply has the higher reward; --out adds where they differ most."""
-    refuse_existing(args.out)
+    if args.out:
+        check_out(args.out, "new")
     if len(args.folders) < 2:
         raise InputError("compare: needs two folders or more")
     table, pages = [["model", "against", "subset", "n", "win %", "tie %", "lose %"]], []
@@ -336,19 +337,11 @@ def compare(args: argparse.Namespace) -> None:
 # The command line
 
 
-def refuse_existing(path: str) -> None:
-    """Raises InputError where an --out is there already: answers are worth nothing without their key."""
-    if path and Path(path).exists():
-        raise InputError(f"{path}: exists already; choose another --out")
-
-
 def write_folder(path: str, texts: dict[str, str]) -> None:
     """Writes {name: text} as the files of a new folder, whole or not at all."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (partial / name).write_bytes(text.encode())  # bytes, as CSV has line ends of its own
-    partial.rename(path)
+    with new_folder(path) as folder:
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())  # bytes, as CSV has line ends of its own
 
 
 def add_commands(commands: Any) -> None:

@@ -59,12 +59,12 @@ def split_dialogue(text: str) -> list[dict[str, str]]:
     """
     before, *pieces = re.split(r"(?:\n\n|\A\s*)(Human|Assistant):", text)
     sections = zip(pieces[::2], pieces[1::2], strict=True)
+    whole = [("Human", before), *sections] if before.strip() else sections
     turns: list[dict[str, str]] = []
-    for name, content in [("Human", before), *sections] if before.strip() else sections:
+    for name, same in itertools.groupby(whole, key=lambda section: section[0]):
+        contents = (content.strip() for _, content in same)
         role = {"Human": "user", "Assistant": "assistant"}[name]
-        if turns and turns[-1]["role"] == role:
-            content = f"{turns.pop()['content']}\n\n{content.strip()}"
-        turns.append({"role": role, "content": content.strip()})
+        turns.append({"role": role, "content": "\n\n".join(filter(None, contents))})
     return turns
 
 
@@ -124,12 +124,16 @@ def release_record(row: dict[str, Any]) -> Record:
     "<|assistant|>"; there is one for each reply, all the same. Raises ValueError for a row of another form.
     """
     prefix = row["prefix"][0] if isinstance(row["prefix"][0], list) else row["prefix"]
-    tagged = re.split(r"<\|(prompter|assistant)\|>", "".join(prefix).replace("<|endoftext|>", ""))[1:]
+    for name, texts in (("prefix", prefix), ("suffix", row["suffix"])):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'"{name}" is not a list of texts')
+    text = "".join(prefix).replace("<|endoftext|>", "")
+    before, *tagged = re.split(r"<\|(prompter|assistant)\|>", text)
     roles = {"prompter": "user", "assistant": "assistant"}
     pieces = zip(tagged[::2], tagged[1::2], strict=True)
     turns = [{"role": roles[tag], "content": text.strip()} for tag, text in pieces]
-    if not turns or turns[-1] != {"role": "assistant", "content": ""}:
-        raise ValueError('"prefix" does not end in <|assistant|>')
+    if before.strip() or not turns or turns[-1] != {"role": "assistant", "content": ""}:
+        raise ValueError('"prefix" does not begin with a tag, or not end in <|assistant|>')
     responses = [text.replace("<|endoftext|>", "").strip() for text in row["suffix"]]
     chosen = row.get("sft_index", 0)
     return {"prompt": turns[:-1], "responses": responses, "rewards": row["reward"], "chosen": chosen}
@@ -149,8 +153,9 @@ def read_release(source: str) -> Iterator[Row]:
         place = path.name if root.is_file() else str(path.relative_to(root))
         split = "train" if "train" in place else "dev" if "dev" in path.name else "test"
         for line, row in tqdm(read_jsonl(path), desc=place, disable=None):
-            meta = Path(row.get("meta", {}).get("path", ""))
-            subset = meta.parent.name if meta.parent.name in TABLE_1 else path.name.split(".")[0]
+            meta = row.get("meta")
+            raw = Path(str(meta.get("path"))).parent.name if isinstance(meta, dict) else ""
+            subset = raw if raw in TABLE_1 else path.name.split(".")[0]
             yield split, subset.replace("_", "-"), line, row
 
 
@@ -272,12 +277,11 @@ def write_sampled(records: list[Record], args: argparse.Namespace) -> None:
 def augment(args: argparse.Namespace) -> None:
     """Gives each record more replies, from a file or a model; they then need new rewards."""
     records, out = read_records(args.data), Path(args.out)
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another --out")
+    program.check_out(out, "new")
     if bool(args.extra) == bool(args.model):
         raise InputError("either --model, to sample replies, or --extra, a file that has them, is needed")
-    if min(args.replies, args.batch_size, args.max_new_tokens) < 1 or args.temperature <= 0:
-        raise InputError("--replies, --batch_size, --max_new_tokens must be 1 or more, --temperature above 0")
+    if args.temperature <= 0:
+        raise InputError(f"--temperature {args.temperature}: must be above 0")
     if args.extra:
         extra = read_extra(args.extra, records)
         write_jsonl(out, map(add_replies, records, extra))
@@ -294,6 +298,7 @@ def augment(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Reads HH-RLHF or the authors' files; writes those of train, dev and test.jsonl that have records."""
+    program.check_out(args.out, "folder")
     rows, parse = (read_hh, hh_record) if args.command == "hh" else (read_release, release_record)
     splits, dropped = collect(rows(args.source), parse)
     read = sum(map(len, splits.values())) + dropped.total()
@@ -311,14 +316,11 @@ def make_toy(args: argparse.Namespace) -> None:
     """Makes the toy world."""
     import toy
 
-    if Path(args.out).exists():
-        raise InputError(f"{args.out}: exists already; choose another --out")
+    program.check_out(args.out, "new")
     if not 0 <= args.label_noise <= 1:
         raise InputError(f"--label_noise {args.label_noise}: must be a share, 0 to 1")
     if not 2 <= args.length <= 8:
         raise InputError(f"--length {args.length}: must be 2 to 8 replies")
-    if args.queries < 1:
-        raise InputError(f"--queries {args.queries}: must be 1 or more")
     toy.write(
         Path(args.out), args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries
     )
@@ -361,6 +363,7 @@ def main() -> None:
     longer.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a reply")
     longer.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
     args = parser.parse_args()
+    program.check_ranges(args)
     args.run(args)
 
 

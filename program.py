@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import math
 import os
 import signal
@@ -16,7 +17,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from records import InputError
@@ -62,15 +62,43 @@ def parse_config(
     return config(**vars(parser.parse_args(argv)))
 
 
-LEAST = {"max_prompt_length": 2, "batch_size": 1, "eval_every": 1, "keep_checkpoints": 1, "max_bad_steps": 1}
+LEAST = {"max_length": 2, "max_prompt_length": 2, "num_generations": 2} | dict.fromkeys(
+    ("batch_size", "eval_every", "items", "keep_checkpoints", "max_bad_steps", "max_new_tokens", "queries",
+     "replies"), 1)  # fmt: skip
 
 
 def check_ranges(config: Any) -> None:
-    """Raises InputError for a number of a configuration that is not finite, or below 0 or its least value."""
-    for name, value in vars(config).items():
-        least, most = LEAST.get(name, 0), 2**53 if type(value) is int else math.inf
-        if type(value) in (int, float) and not least <= value < most:
-            raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
+    """Raises InputError for a number of the flags that is not finite, or below 0 or its least value."""
+    numbers = ((name, n) for name, v in vars(config).items() for n in (v if type(v) is list else [v]))
+    for name, value in numbers:
+        least, limit = LEAST.get(name, 0), 2**32 if type(value) is int else math.inf  # numpy's, of a seed
+        if type(value) in (int, float) and not least <= value < limit:
+            raise InputError(f"--{name} {value}: must be {least} or more, and less than {limit}")
+
+
+def check_out(out: str | Path, kind: Literal["new", "file", "folder"]) -> None:
+    """Raises InputError, before the work, where its output can't be put; a "new" one must not be there."""
+    out = Path(out)
+    if above := next((path for path in out.parents if path.is_file()), None):
+        raise InputError(f"{out}: {above} is a file; nothing can be put below it")
+    if kind == "new" and out.exists():
+        raise InputError(f"{out}: exists already; choose another --out")
+    if kind == "file" and out.is_dir():
+        raise InputError(f"{out}: is a folder; it must be a file")
+    if kind == "folder" and out.is_file():
+        raise InputError(f"{out}: is a file; it must be a folder")
+
+
+def read_json(path: str | Path, need: dict[str, type], what: str) -> dict[str, Any]:
+    """An object from a JSON file. Raises InputError where it lacks what it needs, {name: type}."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a character can't be written anywhere
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), need[name]) for name in need):
+        raise InputError(f"{path}: not {what}, with {', '.join(need)}")
+    return value
 
 
 def rendezvous() -> dict[str, Any]:
@@ -120,7 +148,7 @@ def stop(message: str) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # the others are ended by torchrun meanwhile, if the first one stops too
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -162,18 +190,23 @@ def loading(path: str) -> Iterator[None]:
         print(f"{path}: no such folder here, so it is taken from the Hugging Face hub", file=sys.stderr)
     elif not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: not a Hugging Face model folder (no config.json in it)")
+    # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
+    if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
+        raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # of all kinds, for a file that is not as it should be
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{path}: needs code of its own, and no folder's code is run here") from error
+        first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+        raise InputError(f"{path}: can't be loaded: {first}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises InputError if it has no EOS, or is LLaMA's and goes wrong."""
     with loading(path):
-        # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
-        if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
-            raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")

@@ -11,13 +11,15 @@ A record is one query:
 import gzip
 import hashlib
 import json
-import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 Record = dict[str, Any]  # one query as read from a file
@@ -26,6 +28,9 @@ ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # and t
 
 class InputError(Exception):
     """What is wrong with a user's input and where, in one line; a program prints it and exits with code 2."""
+
+    def __str__(self) -> str:  # what it quotes of the input may have line ends
+        return " ".join(super().__str__().splitlines())
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
@@ -63,6 +68,23 @@ def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
         partial_path.replace(path)
     except BaseException:
         partial_path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all: yields where to write it; an error leaves nothing."""
+    path = Path(path)
+    partial_path = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial_path, ignore_errors=True)
+    try:
+        partial_path.mkdir(parents=True)
+        yield partial_path
+        partial_path.rename(path)
+    except BaseException as error:
+        shutil.rmtree(partial_path, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # which hides the OSError, a full disk above all
+            raise InputError(f"{path}: can't be written: {error}") from error
         raise
 
 
@@ -140,8 +162,10 @@ def write_in_parts(
     these. The finished file is there at once, by a rename.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    key = hashlib.sha256(json.dumps([items, settings], default=str).encode()).hexdigest()[:8]
-    partial_path = out.with_name(f"{out.name}.{key}.partial")
+    key = hashlib.sha256(json.dumps(settings).encode())
+    for item in items:
+        key.update(json.dumps(item).encode())
+    partial_path = out.with_name(f"{out.name}.{key.hexdigest()[:8]}.partial")
     lines: list[bytes] = []
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,14 +175,16 @@ def write_in_parts(
         dist.broadcast_object_list(count)
     done = min(count[0], len(items)) // part * part  # each part is random, if at all, by its start
     bar = tqdm(total=len(items), initial=done, desc=desc, disable=None if rank == 0 else True)
-    with partial_path.open("r+b" if lines else "wb") if rank == 0 else open(os.devnull, "wb") as file:
-        file.seek(sum(len(line) + 1 for line in lines[:done]))
-        file.truncate()
+    with partial_path.open("r+b" if lines else "wb") if rank == 0 else nullcontext() as file:
+        if file:
+            file.seek(sum(len(line) + 1 for line in lines[:done]))
+            file.truncate()
         for start in range(done, len(items), part):
             chunk = items[start : start + part]
             rows = gather(work(chunk[rank::processes], start), len(chunk))
-            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            file.flush()
+            if file:
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+                file.flush()
             bar.update(len(chunk))
     bar.close()
     if rank == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import clha
+import evaluate
 import people
 import reward
 import study
@@ -47,7 +48,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, float]]:
     """The Total scores of each run that is evaluated in a folder of a world, by the run's name."""
     runs = {}
     for path in sorted(folder.glob("*/eval/scores.json")):
-        total = json.loads(path.read_text())["Total"]
+        total = evaluate.read_summary(path.parent)["Total"]
         values = {name: total[name] for name in SCORES if name in total}
         means = {n: v if isinstance(v, float) else v["mean"] for n, v in values.items()}
         runs[path.parents[1].name] = means

@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, PreT
 import clha
 import program
 from program import HelpFormatter, load_tokenizer, loading, refuse
-from records import InputError, Record, fingerprint, read_records, write_in_parts
+from records import InputError, Record, fingerprint, new_folder, read_records, write_in_parts
 
 Messages = list[dict[str, str]]
 
@@ -246,7 +246,7 @@ def plot_gaps(records: list[Record], path: str) -> None:
     )
     axes.set(xlabel="reward gap of a pair", ylabel="pairs", xlim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
 
 
 def import_pyplot() -> Any:
@@ -259,6 +259,20 @@ def import_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def check_plot(path: str) -> None:
+    """Raises InputError where no picture can be made at `path`: of its suffix, or at all."""
+    suffixes = import_pyplot().figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lower()[1:] not in suffixes:
+        raise InputError(f"--plot {path}: the name must end in one of {', '.join(sorted(suffixes))}")
+    program.check_out(path, "file")
+
+
+def save_picture(figure: Any, path: str) -> None:
+    """Saves a figure, in a folder that is made if it is not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -280,8 +294,7 @@ def reward_loss(rewards: Tensor, chosen: Tensor, present: Tensor, norm_penalty: 
 def train(args: argparse.Namespace) -> None:
     """Trains a reward model from a language model on the "chosen" labels; leaves a Hugging Face folder."""
     torch.manual_seed(args.seed)
-    if Path(args.out).exists():
-        raise InputError(f"{args.out}: exists already; choose another --out")
+    program.check_out(args.out, "new")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model)
     records = read_records(args.data, need=["chosen"])
@@ -344,11 +357,10 @@ def train(args: argparse.Namespace) -> None:
     head(model).weight.data /= scale
     mean = torch.tensor(rewards).mean() / scale
     report = {"accuracy": right / pairs, "pairs": pairs, "mean_reward": mean.item(), "scale": scale.item()}
-    partial_path = Path(args.out + ".partial")
-    model.save_pretrained(partial_path)
-    tokenizer.save_pretrained(partial_path)
-    (partial_path / "training.json").write_text(json.dumps(report | vars(args), indent=2, default=str) + "\n")
-    partial_path.rename(args.out)
+    with new_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(report | vars(args), indent=2, default=str) + "\n")
     print(
         f"accuracy {right / pairs:.3f} on {pairs} held-out pairs, mean reward {mean:.3f} (in units of its "
         f"standard deviation, {scale:.3f} before); saved in {args.out}"
@@ -370,9 +382,10 @@ def labels(queries: list[clha.Example], device: torch.device) -> tuple[Tensor, T
 def score(args: argparse.Namespace) -> None:
     """Adds "rewards" to the records of a file and says how they are distributed."""
     rank, _, device = clha.init_process()
+    program.check_out(args.out, "file")
     records = read_records(args.data)
     if args.plot:
-        import_pyplot()  # rather refused now than after hours of scoring
+        check_plot(args.plot)  # rather refused now than after hours of scoring
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)
     write_scores(model, records, Path(args.out))
     if rank == 0:
@@ -409,6 +422,7 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=42, help="of the head, the held-out part, the order")
     parser.error = refuse
     args = parser.parse_args()
+    program.check_ranges(args)
     args.run(args)
 
 

@@ -23,7 +23,7 @@ import evaluate
 import program
 import reward
 from program import HelpFormatter, load_tokenizer, loading, refuse
-from records import InputError, read_records, write_jsonl
+from records import InputError, new_folder, read_records, write_jsonl
 
 
 def prompt_text(dialogue: reward.Messages, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -51,6 +51,8 @@ def train(args: argparse.Namespace) -> None:
         raise InputError("needs TRL: pip install .[rlhf]") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("runs as one process, without torchrun")
+    program.check_ranges(args)
+    program.check_out(args.output_dir, "folder")
     final = Path(args.output_dir, "final")
     if final.exists():
         raise InputError(f"{final.parent}: holds a finished run (final/); choose another --output_dir")
@@ -58,8 +60,6 @@ def train(args: argparse.Namespace) -> None:
     dialogues = [record["prompt"] for record in read_records(args.train_data)]
     if not 1 <= args.batch_size <= len(dialogues):
         raise InputError(f"--batch_size {args.batch_size}: must be 1 to {len(dialogues)} (prompts)")
-    if args.num_generations < 2 or args.max_new_tokens < 1 or args.max_steps < 0:
-        raise InputError("at least --num_generations 2, --max_new_tokens 1 and --max_steps 0 are needed")
     gpu = torch.cuda.is_available()
     config = trl.RLOOConfig(
         args.output_dir, max_steps=args.max_steps or -1, num_train_epochs=1, seed=args.seed,
@@ -69,16 +69,14 @@ def train(args: argparse.Namespace) -> None:
         save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty())  # fmt: skip
     judge = reward_function(reward.load_reward_model(args.reward_model, config.device))
     with loading(args.model):  # weights in fp32 as in clha.py, even if it computes in bf16
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     data = Dataset.from_list([{"prompt": prompt_text(d, tokenizer), "dialogue": d} for d in dialogues])
     trainer = trl.RLOOTrainer(model, judge, config, data, processing_class=tokenizer)
     trainer.train()
-    partial = final.with_name("final.partial")
-    trainer.save_model(str(partial))
-    (partial / "training_args.bin").unlink()  # a pickle that needs TRL
-    write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
-    partial.rename(final)
+    with new_folder(final) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink()  # a pickle that needs TRL
+        write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

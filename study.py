@@ -35,7 +35,7 @@ import reward
 import rlhf
 import toy
 from program import HelpFormatter, refuse
-from records import InputError, Record, read_records, write_jsonl
+from records import InputError, Record, new_folder, read_records, write_jsonl
 
 NOISE, NOISES, LENGTHS = 0.2, (0.0, 0.2, 0.4), (2, 3)  # shares of wrong labels; the first for everything
 STEPS, LEARNING_RATE = 80, 5e-4  # of alignment, on each toy world
@@ -130,7 +130,7 @@ def train(model: Path, data: Path, out: Path, **settings: Any) -> Path:
     """Trains with clha.py unless it is done; the folder of the model. Refuses a run of other settings."""
     config = clha.Config(str(model), str(data), str(out), **settings)
     if (out / "final").exists():
-        found = json.loads((out / "config.json").read_text())
+        found = program.read_json(out / "config.json", {}, "the settings of a run")
         differing = [k for k, value in settings.items() if found.get(k) != value and k != "dev_data"]
         if differing:
             raise InputError(
@@ -256,10 +256,9 @@ def write_halves(folder: Path, source: str) -> None:
         raise InputError(f"{source}: has {len(records)} different queries; the study needs 1,000 or more")
     test, dev, rest = records[:400], records[400:480], records[480:]
     parts = {"train": rest[::2], "judge": rest[1::2], "dev": dev, "test": test}
-    partial_folder = folder.with_name(folder.name + ".partial")
-    for name, part in parts.items():
-        write_jsonl(partial_folder / f"{name}.jsonl", part)
-    partial_folder.rename(folder)
+    with new_folder(folder) as new:
+        for name, part in parts.items():
+            write_jsonl(new / f"{name}.jsonl", part)
 
 
 def train_language_model(records: list[Record], out: Path, steps: int = 240) -> None:
@@ -300,11 +299,10 @@ def train_language_model(records: list[Record], out: Path, steps: int = 240) -> 
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.2f}")
     report = {"loss": loss.item(), "parameters": sum(p.numel() for p in model.parameters()), "steps": steps}
-    partial_folder = out.with_name(out.name + ".partial")
-    model.save_pretrained(partial_folder)
-    tokenizer.save_pretrained(partial_folder)
-    (partial_folder / "training.json").write_text(json.dumps(report) + "\n")
-    partial_folder.rename(out)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(report) + "\n")
 
 
 def plan(noise: float, length: int) -> list[dict[str, Any]]:
@@ -367,6 +365,8 @@ def main() -> None:
     for command in (toy_study, real_study):
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a world each")
     args = parser.parse_args()
+    program.check_ranges(args)
+    program.check_out(args.out, "folder")
     args.run(args)
 
 

@@ -16,7 +16,6 @@ five no reply is worth imitating.
 
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clha
-from records import Record, write_jsonl
+from records import Record, new_folder, write_jsonl
 
 Turn = dict[str, str]
 
@@ -337,13 +336,11 @@ def write(out: Path, seed: int, **options: Any) -> None:
     """
     if out.exists():
         raise FileExistsError(f"{out} is already there")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     splits = make_splits(seed, **options)
-    for split, records in splits.items():
-        write_jsonl(partial / f"{split}.jsonl", records)
     texts = [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in splits["pretrain"]]
     tokenizer = train_tokenizer(texts)
-    tokenizer.save_pretrained(partial / "init")
-    tiny_llama(tokenizer, seed).save_pretrained(partial / "init")
-    partial.rename(out)
+    with new_folder(out) as folder:
+        for split, records in splits.items():
+            write_jsonl(folder / f"{split}.jsonl", records)
+        tokenizer.save_pretrained(folder / "init")
+        tiny_llama(tokenizer, seed).save_pretrained(folder / "init")

@@ -1,26 +1,37 @@
 """Wrong input ends in one line that says what and where, exit code 2, and nothing half-written."""
 
+import gzip
 import json
+import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, LlamaTokenizer, PreTrainedTokenizerFast
 
+import checkpoint
 import clha
 import evaluate
 import prepare_data
 import reward
 import rlhf
 import study
+from program import load_tokenizer
 from program import run as run_program
 
 PROGRAMS: dict[str, Callable[[], None]] = {
     "clha.py": lambda: clha.train(clha.parse_args(sys.argv[1:])),
+    "checkpoint.py": checkpoint.main,
     "reward.py": reward.main,
     "prepare_data.py": prepare_data.main,
     "evaluate.py": evaluate.main,
@@ -28,172 +39,503 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "rlhf.py": lambda: rlhf.train(rlhf.parse_args(sys.argv[1:])),
 }
 
-GOOD = {"prompt": [{"role": "user", "content": "How?"}], "responses": ["So.", "No."], "rewards": [0.5, -1.0]}
+PROMPT = [{"role": "user", "content": "How?"}]
+GOOD = {"prompt": PROMPT, "responses": ["So.", "No."], "rewards": [0.5, -1.0]}
 UNSCORED = {name: value for name, value in GOOD.items() if name != "rewards"}
-CLHA = "clha.py --model {model} --train_data {file} --output_dir {out}"
-SCORE = "reward.py score --model {model} --data {file} --out {out}"
+ROW = {"prefix": ["<|prompter|>How?", "<|assistant|>"], "suffix": ["So.", "No."], "reward": [1, 2]}
+REPLY = {"id": "a", "subset": "s", "prompt": PROMPT, "response": "So.", "reference": "So.", "reward": 50.0}
+KEY = {"sheet": "sheet-1", "models": ["a", "b"], "items": {"1": {"id": "a", "subset": "s", "left": "a"}}}
+ANSWERS = {"sheet": "sheet-1", "annotator": "Ann", "answers": {"1": "left"}}
+
+CLHA = "clha.py --model {model} --train_data {file} --output_dir {out} --batch_size 1"
+TRAIN = "reward.py train --model {model} --data {file} --out {out}"
+SCORE = "reward.py score --model {rm} --data {file} --out {out}"
 AUGMENT = "prepare_data.py augment --data {file} --out {out}"
-RESPONSES = "evaluate.py --responses {file} --data {file} --reward_model {model} --out {out}"
-EVALUATE = "evaluate.py --model {model} --data {file} --reward_model {model} --out {out}"
+RELEASE = "prepare_data.py release --source {file} --out {out}"
+HH = "prepare_data.py hh --source {raw} --out {out}"
+TOY = "prepare_data.py toy --out {out}"
+EVALUATE = "evaluate.py --model {model} --data {file} --reward_model {rm} --out {out}"
+RESPONSES = "evaluate.py --responses {file} --data {file} --reward_model {rm} --out {out}"
+TALLY = "evaluate.py tally {sheet}/answers.json --key {sheet}/key.json"
+RESUME = "clha.py --model {stock}/model --train_data {stock}/data.jsonl --output_dir {run} --max_steps 3"
+CONVERT = "checkpoint.py {run}/checkpoints/latest --out {out}"
+
+
+def model(program: str, name: str) -> str:
+    """A command of `program`, above, on the model (or the run, the folder of raw files) of this name."""
+    return re.sub("{(model|rm|run|raw|sheet)}", f"{{{name}}}", program)
+
+
+def drop_weight(path: Path) -> None:
+    """Takes one tensor out of a file of weights."""
+    weights = load_file(path)
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, path, {"format": "pt"})
+
+
+def drop_bos(path: Path) -> None:
+    """A LLaMA tokenizer whose tokenizer.json forgot BOS."""
+    LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}, merges=[("▁", "a")]).save_pretrained(path.parent)
+
+
+def drop_eos(path: Path) -> None:
+    """A tokenizer without special tokens."""
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(path.parent)
+
+
+# What {name} in a command is: a copy of a folder that `stock` makes, with changes of its files. A file's change
+# is its new content, a number (its first bytes), a dict (changes of its JSON), None (it goes) or a function.
+SPOILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "no_config": ("model", {"config.json": None}),
+    "torn_config": ("model", {"config.json": 100}),
+    "list_config": ("model", {"config.json": "[]"}),
+    "other_type": ("model", {"config.json": {"model_type": "mine"}}),
+    "a_text_as_size": ("model", {"config.json": {"hidden_size": "wide"}}),
+    "own_code": ("model", {"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.My"}}, "mine.py": "raise SystemExit(1)"}),
+    "other_shape": ("model", {"config.json": {"hidden_size": 48, "head_dim": 12}}),
+    "no_weights": ("model", {"model.safetensors": None}),
+    "cut_weights": ("model", {"model.safetensors": 5000}),
+    "empty_weights": ("model", {"model.safetensors": 0}),
+    "missing_weight": ("model", {"model.safetensors": drop_weight}),
+    "pickle": ("model", {"model.safetensors": None, "pytorch_model.bin": pickle.dumps(print)}),
+    "no_tokenizer": ("model", {"tokenizer.json": None, "tokenizer_config.json": None}),
+    "torn_tokenizer": ("model", {"tokenizer.json": 1000}),
+    "other_tokenizer": ("model", {"tokenizer.json": '{"version": "9", "model": {"type": "X"}}'}),
+    "sentencepiece": ("model", {"tokenizer.json": None, "tokenizer.model": "\n"}),
+    "no_bos": ("model", {"tokenizer.json": drop_bos}),
+    "no_eos": ("model", {"tokenizer.json": drop_eos}),
+    "no_head": ("model", {"config.json": {"num_labels": 1}}),
+    "rm_two_outputs": ("rm", {"config.json": {"num_labels": 2}}),
+    "rm_cut": ("rm", {"model.safetensors": 5000}),
+    "rm_pickle": ("rm", {"model.safetensors": None, "pytorch_model.bin": pickle.dumps(print)}),
+    "rm_no_weights": ("rm", {"model.safetensors": None}),
+    "rm_missing_weight": ("rm", {"model.safetensors": drop_weight}),
+    "rm_own_code": ("rm", {"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.My"}}}),
+    "rm_torn_config": ("rm", {"config.json": 100}),
+    "rm_torn_tokenizer": ("rm", {"tokenizer.json": 1000}),
+    "rm_sentencepiece": ("rm", {"tokenizer.json": None, "tokenizer.model": "\n"}),
+    "no_run": ("run", {"checkpoints/step-2/run.json": None}),
+    "torn_run": ("run", {"checkpoints/step-2/run.json": 100}),
+    "list_run": ("run", {"checkpoints/step-2/run.json": "[]"}),
+    "empty_run": ("run", {"checkpoints/step-2/run.json": "{}"}),
+    "no_shard": ("run", {"checkpoints/step-2/*.safetensors": None}),
+    "cut_shard": ("run", {"checkpoints/step-2/*.safetensors": 100000}),
+    "model_gone": ("run", {"checkpoints/step-2/run.json": {"config": {"model": "gone"}}}),
+    "finished": ("run", {"final/config.json": "{}"}),
+    "raw_not_texts": ("empty", {"harmless-base/test.jsonl": '{"chosen": "So.", "rejected": 1}'}),
+    "raw_torn": ("empty", {"harmless-base/test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}),
+    "raw_few": ("empty", {"harmless-base/test.jsonl": json.dumps({n: f"\n\nHuman: How?\n\nAssistant: {n}" for n in ("chosen", "rejected")})}),
+    "release_folder": ("empty", {"train/a.json": "{}"}),
+    "torn_scores": ("eval", {"scores.json": 50}),
+    "list_scores": ("eval", {"scores.json": "[]"}),
+    "no_total": ("eval", {"scores.json": '{"s": {}}'}),
+    "scores_of_texts": ("eval", {"scores.json": '{"Total": {"n": 1, "char_bleu": "high", "word_bleu": 1.0, "reward": 1.0}}'}),
+    "no_responses": ("eval", {"responses.jsonl": None}),
+    "no_reward": ("eval", {"responses.jsonl": json.dumps(REPLY | {"reward": None})}),
+    "gold_of_text": ("eval", {"responses.jsonl": json.dumps(REPLY | {"gold": "high"})}),
+    "other_items": ("eval", {"responses.jsonl": json.dumps(REPLY | {"id": "b"})}),
+    "torn_key": ("sheet", {"key.json": 50}),
+    "key_of_one": ("sheet", {"key.json": {"models": ["a"]}}),
+    "key_of_numbers": ("sheet", {"key.json": {"models": [1, 2]}}),
+    "key_without_left": ("sheet", {"key.json": {"items": {"1": {}}}}),
+    "key_of_lists": ("sheet", {"key.json": {"items": {"1": []}}}),
+    "key_of_another_model": ("sheet", {"key.json": {"items": {"1": {"subset": "s", "left": "c"}}}}),
+    "half_a_character": ("sheet", {"key.json": {"models": ["a", "\ud800"]}}),
+    "deep_answers": ("sheet", {"answers.json": "[" * 100000}),
+    "list_answers": ("sheet", {"answers.json": {"answers": ["left"]}}),
+    "both": ("sheet", {"answers.json": {"answers": {"1": "both"}}}),
+    "an_answer_list": ("sheet", {"answers.json": {"answers": {"1": ["left"]}}}),
+    "item_9": ("sheet", {"answers.json": {"answers": {"9": "left"}}}),
+    "no_answers": ("sheet", {"answers.json": {"answers": {}}}),
+    "other_sheet": ("sheet", {"answers.json": {"sheet": "sheet-2"}}),
+    "csv_of_semicolons": ("sheet", {"answers.csv": "sheet;item;answer\nsheet-1;1;left\n"}),
+    "csv_latin_1": ("sheet", {"answers.csv": "sheet,item,answer\nsheet-1,1,\xe9".encode("latin-1")}),
+}
 
 # (command, what {file} holds, what the line says)
 CASES = [
-    ("clha.py --model {model}", "", "required: --train_data"),
-    (CLHA + " --temperature 1", GOOD, "unrecognized arguments: --temperature 1 (see --help)"),
-    (CLHA + " --reduction sum", GOOD, "invalid choice: 'sum'"),
-    (CLHA + " --recipe paper", GOOD, "invalid choice: 'paper'"),
-    (CLHA + " --margin wide", GOOD, "invalid float value: 'wide'"),
+    # Files
     (CLHA, None, "data.jsonl: no such file"),
-    (CLHA, "", "data.jsonl: no records in it"),
-    (CLHA, "{'a': 1}", "data.jsonl, line 1: not JSON"),
-    (CLHA, GOOD | {"responses": ["So."]}, 'data.jsonl, line 1: "responses" must be a list of two or more'),
-    (CLHA, GOOD | {"rewards": [1.0]}, "a list of 2 numbers"),
-    (CLHA, GOOD | {"rewards": [float("nan"), 1.0]}, "finite numbers"),
-    (CLHA, GOOD | {"responses": ["So.", ""]}, "an empty reply"),
-    (CLHA, UNSCORED, 'no "rewards" yet'),
-    (CLHA + " --sft_target chosen", GOOD, 'no "chosen" yet'),
-    (CLHA, GOOD, "--batch_size 128: must be 1 to 1"),
-    (CLHA + " --dev_data {out}", GOOD, "no such file"),
-    (
-        "clha.py --model {empty} --train_data {file} --output_dir {out}",
-        GOOD,
-        "not a Hugging Face model folder",
-    ),
-    ("clha.py --model nowhere --train_data {file} --output_dir {out}", GOOD, "nowhere: no such model folder"),
-    ("clha.py --model {no_eos} --train_data {file} --output_dir {out}", GOOD, "no EOS token"),
-    (
-        "clha.py --model {no_weights} --train_data {file} --output_dir {out} --batch_size 1",
-        GOOD,
-        "can't be loaded",
-    ),
-    ("reward.py", "", "required: command"),
-    (SCORE, GOOD, "has 2 outputs; a reward model has one"),
     (SCORE, None, "data.jsonl: no such file"),
-    (SCORE, {"prompt": "How?", "responses": []}, 'line 1: "prompt" must be a list'),
-    ("reward.py score --model {empty} --data {file} --out {out}", GOOD, "not a Hugging Face model folder"),
-    (SCORE + " --what", GOOD, "unrecognized arguments: --what"),
-    ("reward.py train --model {model} --data {file} --out {out}", GOOD, 'no "chosen" yet'),
-    ("reward.py train --model {model} --data {file} --out {out}", GOOD | {"chosen": 1}, "too few records"),
-    ("reward.py train --model nowhere --data {file} --out {out}", GOOD, "nowhere: no such model folder"),
-    ("evaluate.py --model {model} --data {file}", GOOD, "required: --reward_model, --out"),
     (EVALUATE, None, "data.jsonl: no such file"),
+    (CLHA, "", "data.jsonl: no records in it"),
+    ("clha.py --model {model} --train_data {empty} --output_dir {out}", "", "empty: no such file"),
+    (CLHA, "{'a': 1}", "data.jsonl, line 1: not JSON"),
+    (CLHA, [GOOD, GOOD, '{"prompt": [{"role'], "data.jsonl, line 3: not JSON"),
     (EVALUATE, "[]", "line 1: not a JSON object"),
-    (EVALUATE + " --beams", GOOD, "unrecognized arguments: --beams"),
-    (
-        "evaluate.py --model {empty} --data {file} --reward_model {model} --out {out}",
-        GOOD,
-        "not a Hugging Face model",
-    ),
-    (
-        "evaluate.py --model {model} {model}/ --data {file} --reward_model {model} --out {out}",
-        GOOD,
-        "have one name",
-    ),
-    ("evaluate.py table {empty}", "", "no scores.json"),
-    ("prepare_data.py", "", "required: command"),
-    ("prepare_data.py csv", "", "invalid choice: 'csv'"),
-    ("prepare_data.py hh --source nowhere --out {out}", "", "nowhere: no such folder"),
-    ("prepare_data.py hh --source {empty} --out {out}", "", "has none of HH-RLHF's files"),
-    ("prepare_data.py release --source {empty} --out {out}", "", "no such file, nor a folder"),
-    (
-        "prepare_data.py release --source {file} --out {out}",
-        {"prefix": 1},
-        "line 1: not a row of this format",
-    ),
-    ("prepare_data.py toy --out {empty}", "", "exists already"),
-    ("prepare_data.py toy --out {out} --length 1", "", "--length 1: must be 2 to 8 replies"),
-    ("prepare_data.py toy --out {out} --label_noise 20", "", "--label_noise 20.0: must be a share"),
-    ("prepare_data.py toy --out {out} --queries 0", "", "--queries 0: must be 1 or more"),
-    (CLHA + " --batch_size 1 --epochs 0.1", GOOD, "no steps to take"),
-    (CLHA + " --batch_size 1 --eval_every 0", GOOD, "--eval_every"),
-    (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be"),
-    ("prepare_data.py toy --out {out} --length two", "", "invalid int value: 'two'"),
-    (CLHA + " --objective ppo", GOOD, "invalid choice: 'ppo'"),
+    (CLHA, "\ufeff{}", "line 1: not JSON (Unexpected UTF-8 BOM"),
+    (CLHA, b"\xff\xfe{\x00}\x00", "data.jsonl, after line 0: not readable as UTF-8"),
+    (CLHA.replace("{file}", "{gz}"), gzip.compress(b"{}" * 999)[:-9], "data.jsonl.gz, after line 0: not readable"),
+    (CLHA.replace("{file}", "{gz}"), gzip.compress(b"{}" * 999)[:15] + b"?" * 30, "data.jsonl.gz, after line 0: not"),
+    (CLHA.replace("{file}", "{gz}"), GOOD, "data.jsonl.gz, after line 0: not readable"),
+    (SCORE, '{"prompt": ' + "[" * 100000, "data.jsonl, line 1: not JSON of a record"),
+    (SCORE, '{"rewards": ' + "9" * 5000 + "}", "data.jsonl, line 1: not JSON of a record"),
+    (SCORE, '{"prompt": "\\ud800"}', "data.jsonl, line 1: has half a character"),
+    # Records
+    (SCORE, GOOD | {"prompt": "How?"}, 'line 1: "prompt" must be a list of {"role": one of system, user, assistant'),
+    (SCORE, GOOD | {"prompt": []}, '"prompt" must be a list of'),
+    (SCORE, GOOD | {"prompt": [{"role": "human", "content": "How?"}]}, '"prompt" must be a list of'),
+    (SCORE, GOOD | {"prompt": [{"role": ["user"], "content": "How?"}]}, '"prompt" must be a list of'),
+    (SCORE, GOOD | {"prompt": [{"role": "user", "content": None}]}, '"prompt" must be a list of'),
+    (CLHA, GOOD | {"responses": ["So."]}, 'data.jsonl, line 1: "responses" must be a list of two or more'),
+    (CLHA, GOOD | {"responses": "So."}, '"responses" must be a list of two or more'),
+    (CLHA, GOOD | {"responses": ["So.", 1]}, "an empty reply"),
+    (CLHA, GOOD | {"responses": ["So.", " \n"]}, "an empty reply"),
+    (CLHA, [GOOD, GOOD | {"rewards": [1.0]}], 'line 2: "rewards" must be a list of 2 numbers'),
+    (CLHA, GOOD | {"rewards": {"0": 1}}, "a list of 2 numbers"),
+    (CLHA, GOOD | {"rewards": [float("nan"), 1.0]}, "finite numbers, not [nan, 1.0]"),
+    (CLHA, GOOD | {"rewards": [10**100, 1.0]}, "finite numbers"),
+    (CLHA, GOOD | {"rewards": ["1", "2"]}, "finite numbers, not ['1', '2']"),
+    (CLHA, GOOD | {"rewards": [True, False]}, "finite numbers, not [True, False]"),
+    (CLHA, UNSCORED, 'no "rewards" yet; `python reward.py score` adds them'),
+    (CLHA + " --sft_target chosen", GOOD, 'no "chosen" yet'),
+    (TRAIN, GOOD, 'no "chosen" yet'),
+    (TRAIN, GOOD | {"chosen": 2}, "\"chosen\" must be the index of a reply, 0 to 1, not '2'"),
+    (TRAIN, GOOD | {"chosen": -1}, '"chosen" must be the index of a reply, 0 to 1'),
+    (TRAIN, GOOD | {"chosen": "0"}, '"chosen" must be the index of a reply, 0 to 1'),
+    (TRAIN, GOOD | {"chosen": 1}, "too few records"),
     (CLHA + " --objective coh --no_rescore --ranking given", UNSCORED, 'no "rewards" yet'),
-    (AUGMENT, GOOD, "either --model, to sample replies, or --extra"),
-    (AUGMENT + " --model {model} --extra {file}", GOOD, "either --model, to sample replies, or --extra"),
-    (AUGMENT + " --model nowhere", GOOD, "nowhere: no such model folder"),
-    (AUGMENT + " --model {model} --replies 0", GOOD, "must be 1 or more, --temperature above 0"),
+    (CLHA + " --dev_data {out}", GOOD, "out: no such file"),
     (AUGMENT + " --extra {file}", GOOD | {"id": "a"}, 'data.jsonl, line 1: needs "response"'),
     (AUGMENT + " --extra {file}", GOOD, 'each record needs an "id" of its own'),
+    (AUGMENT + " --extra {file}", [GOOD | {"id": "a"}] * 2, 'each record needs an "id" of its own'),
+    (RESPONSES, GOOD, 'data.jsonl, line 1: needs "id"'),
+    (RESPONSES, [GOOD | {"id": "a", "response": "So."}] * 2, "line 2: a second reply to a"),
+    # HH-RLHF and the authors' files
+    ("prepare_data.py hh --source nowhere --out {out}", "", "nowhere: no such folder, and not a hub name"),
+    ("prepare_data.py hh --source {empty} --out {out}", "", "has none of HH-RLHF's files"),
+    (model(HH, "raw_not_texts"), "", "harmless-base/test, line 1: no texts chosen and rejected"),
+    (model(HH, "raw_torn"), "", "harmless-base/test.jsonl.gz, after line 0: not readable"),
+    (model(HH, "raw_few"), "", "--dev_items 280: only 1 test queries to draw from"),
+    ("prepare_data.py release --source {empty} --out {out}", "", "no such file, nor a folder"),
+    ("prepare_data.py release --source {release_folder} --out {out}", "", "line 1: not a row of this format"),
+    (RELEASE, {"prefix": 1}, "line 1: not a row of this format"),
+    (RELEASE, ROW | {"prefix": ["How?"]}, "not end in <|assistant|>"),
+    (RELEASE, ROW | {"suffix": "So."}, '"suffix" is not a list of texts'),
+    (RELEASE, ROW | {"suffix": ["So.", 1]}, '"suffix" is not a list of texts'),
+    (RELEASE, ROW | {"reward": [1]}, '"rewards" must be a list of 2 numbers'),
+    (RELEASE, ROW | {"reward": [1, None], "meta": None}, '"rewards" must be finite numbers'),
+    (RELEASE, ROW | {"sft_index": "0", "meta": []}, '"chosen" must be the index of a reply'),
+    ("study.py real --out {out} --source {empty}", "", "no such file, nor a folder"),
+    ("study.py real --out {out} --source {file}", ROW, "has 1 different queries; the study needs 1,000"),
+    # Flags of clha.py
+    ("clha.py --model {model}", "", "required: --train_data, --output_dir (see --help)"),
+    (CLHA + " --temperature 1", GOOD, "unrecognized arguments: --temperature 1 (see --help)"),
+    (CLHA + " --reduction sum", GOOD, "invalid choice: 'sum'"),
+    (CLHA + " --recipe paper", GOOD, "invalid choice: 'paper' (choose from"),
+    (CLHA + " --objective ppo", GOOD, "invalid choice: 'ppo'"),
+    (CLHA + " --margin wide", GOOD, "--margin: invalid float value: 'wide'"),
+    (CLHA + " --margin -1", GOOD, "--margin -1.0: must be 0 or more"),
+    (CLHA + " --learning_rate nan", GOOD, "--learning_rate nan: must be 0 or more, and less than inf"),
+    (CLHA + " --learning_rate inf", GOOD, "--learning_rate inf: must be 0 or more"),
+    (CLHA + " --learning_rate -1", GOOD, "--learning_rate -1.0: must be 0 or more"),
+    (CLHA + " --alpha nan", GOOD, "--alpha nan: must be 0 or more"),
+    (CLHA + " --seed -1", GOOD, "--seed -1: must be 0 or more"),
+    (CLHA + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than {2**32}"),
+    (CLHA + " --seed " + "9" * 5000, GOOD, "--seed: invalid int value"),
+    (CLHA + " --epochs -1", GOOD, "--epochs -1.0: must be 0 or more"),
+    (CLHA + " --epochs 0.1", GOOD, "--epochs 0.1: too few for a step"),
+    (CLHA + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
+    (CLHA + " --batch_size 2", GOOD, "--batch_size 2: must be 1 to 1 (queries)"),
+    (CLHA + " --pack_tokens -5", GOOD, "--pack_tokens -5: must be 0 or more"),
+    (CLHA + " --max_length 1", GOOD, "--max_length 1: must be 2 or more"),
+    (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be less than --max_length"),
+    (CLHA + " --eval_every 0", GOOD, "--eval_every 0: must be 1 or more"),
+    (CLHA + " --keep_checkpoints 0", GOOD, "--keep_checkpoints 0: must be 1 or more"),
     (CLHA + " --objective sft --margin 1", GOOD, "--objective sft: has no use for margin"),
     (CLHA + " --objective dpo --beta 0", GOOD, "--beta 0: must be above 0"),
-    (EVALUATE + " --batch_size 0", GOOD, "--batch_size and --max_new_tokens must be 1 or more"),
-    ("rlhf.py --model {model}", "", "required: --train_data"),
-    ("prepare_data.py augment --data {file} --extra {file} --out {empty}", GOOD, "exists already"),
-    (RESPONSES, GOOD, 'data.jsonl, line 1: needs "id"'),
-    (RESPONSES, GOOD | {"id": "a", "response": "So."}, "has 2 outputs"),
+    (CLHA + " --reward_model {rm}", GOOD, "--reward_model: needs --dev_data"),
+    (CLHA + " --output_dir {file}", GOOD, "data.jsonl: "),
+    (CLHA + " --output_dir {file}/x", GOOD, "data.jsonl"),
+    # Flags of reward.py
+    ("reward.py", "", "required: command"),
+    (SCORE + " --what", GOOD, "unrecognized arguments: --what"),
+    (SCORE + " --pack_tokens -5", GOOD, "--pack_tokens -5: must be 0 or more"),
+    (SCORE + " --max_length 1", GOOD, "--max_length 1: must be 2 or more"),
+    (SCORE + " --out {empty}", GOOD, "empty: is a folder; it must be a file"),
+    (SCORE + " --out {file}/x.jsonl", GOOD, "data.jsonl is a file; nothing can be put below it"),
+    (SCORE + " --plot {out}/gaps.xyz", GOOD, "gaps.xyz: the name must end in one of eps"),
+    (SCORE + " --plot {file}/gaps.png", GOOD, "data.jsonl is a file; nothing can be put below it"),
+    (TRAIN + " --out {empty}", GOOD, "empty: exists already; choose another --out"),
+    (TRAIN + " --out {file}/x", GOOD, "data.jsonl is a file; nothing can be put below it"),
+    (TRAIN + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
+    (TRAIN + " --epochs -1", GOOD, "--epochs -1.0: must be 0 or more"),
+    (TRAIN + " --learning_rate nan", GOOD, "--learning_rate nan: must be 0 or more"),
+    (TRAIN + " --norm_penalty nan", GOOD, "--norm_penalty nan: must be 0 or more"),
+    (TRAIN + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than"),
+    # Flags of prepare_data.py
+    ("prepare_data.py", "", "required: command"),
+    ("prepare_data.py csv", "", "invalid choice: 'csv'"),
+    (model(HH, "raw_few") + " --dev_items -1", "", "--dev_items -1: must be 0 or more"),
+    (model(HH, "raw_few") + " --out {file}", "", "data.jsonl: is a file; it must be a folder"),
+    (RELEASE + " --seed -1", ROW, "--seed -1: must be 0 or more"),
+    (TOY + " --out {empty}", "", "empty: exists already; choose another --out"),
+    (TOY + " --out {file}/world", "", "data.jsonl is a file; nothing can be put below it"),
+    (TOY + " --length 1", "", "--length 1: must be 2 to 8 replies"),
+    (TOY + " --length two", "", "invalid int value: 'two'"),
+    (TOY + " --label_noise 20", "", "--label_noise 20.0: must be a share"),
+    (TOY + " --label_noise nan", "", "--label_noise nan: must be"),
+    (TOY + " --queries 0", "", "--queries 0: must be 1 or more"),
+    (AUGMENT, GOOD, "either --model, to sample replies, or --extra"),
+    (AUGMENT + " --model {model} --extra {file}", GOOD, "either --model, to sample replies, or --extra"),
+    (AUGMENT + " --model {model} --replies 0", GOOD, "--replies 0: must be 1 or more"),
+    (AUGMENT + " --model {model} --temperature 0", GOOD, "--temperature 0.0: must be above 0"),
+    (AUGMENT + " --model {model} --temperature inf", GOOD, "--temperature inf: must be 0 or more"),
+    (AUGMENT + " --extra {file} --out {empty}", GOOD, "empty: exists already"),
+    # Flags of evaluate.py, study.py and rlhf.py
+    ("evaluate.py --model {model} --data {file}", GOOD, "required: --reward_model, --out"),
+    (EVALUATE + " --beams", GOOD, "unrecognized arguments: --beams"),
+    (EVALUATE + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
+    (EVALUATE + " --max_new_tokens 0", GOOD, "--max_new_tokens 0: must be 1 or more"),
+    (EVALUATE + " --max_prompt_length 0", GOOD, "--max_prompt_length 0: must be 2 or more"),
+    (EVALUATE + " --model {model} {model}/", GOOD, "have one name"),
+    (EVALUATE + " --out {file}", GOOD, "data.jsonl: is a file; it must be a folder"),
+    (EVALUATE + " --plot steps.xyz", GOOD, "--plot steps.xyz: the name must end in one of eps"),
+    (EVALUATE + " --plot {empty}", GOOD, "empty: the name must end in one of eps"),
     (RESPONSES + " --model {model}", GOOD, "--model or --responses, not both"),
     ("study.py", "", "required: command"),
     ("study.py toy --seeds one", "", "invalid int value: 'one'"),
+    ("study.py toy --out {out} --seeds 0 -1", "", "--seeds -1: must be 0 or more"),
+    ("study.py toy --out {file}", "", "data.jsonl: is a file; it must be a folder"),
     ("study.py real --out {out}", "", "required: --source"),
-    ("study.py real --out {out} --source {empty}", "", "no such file, nor a folder"),
     ("study.py report --out {empty}", "", "no finished runs in it"),
+    ("rlhf.py --model {model}", "", "required: --train_data"),
+    # Models
+    (model(CLHA, "empty"), GOOD, "empty: not a Hugging Face model folder (no config.json in it)"),
+    (model(EVALUATE, "empty"), GOOD, "empty: not a Hugging Face model folder"),
+    (CLHA + " --model nowhere", GOOD, "nowhere: no such model folder, and not a hub name like owner/name"),
+    (CLHA + " --model ./no/where", GOOD, "./no/where: no such model folder"),
+    (CLHA + " --model {file}", GOOD, "data.jsonl: no such model folder"),
+    (TRAIN + " --model nowhere", GOOD, "nowhere: no such model folder"),
+    (AUGMENT + " --model nowhere", GOOD, "nowhere: no such model folder"),
+    (EVALUATE + " --model {model} {no_config}", GOOD, "no_config: not a Hugging Face model folder"),
+    (CLHA + " --model {torn_config}", GOOD, "torn_config: can't be loaded"),
+    (CLHA + " --model {list_config}", GOOD, "list_config: can't be loaded"),
+    (CLHA + " --model {other_type}", GOOD, "other_type: can't be loaded"),
+    (CLHA + " --model {a_text_as_size}", GOOD, "a_text_as_size: can't be loaded"),
+    (CLHA + " --model {own_code}", GOOD, "own_code: needs code of its own, and no folder's code is run"),
+    (EVALUATE + " --model {own_code}", GOOD, "own_code: needs code of its own"),
+    (CLHA + " --model {no_weights}", GOOD, "no_weights: can't be loaded"),
+    (CLHA + " --model {cut_weights}", GOOD, "cut_weights: can't be loaded"),
+    (EVALUATE + " --model {empty_weights}", GOOD, "empty_weights: can't be loaded"),
+    (CLHA + " --model {other_shape}", GOOD, "other_shape: can't be loaded"),
+    (CLHA + " --model {missing_weight}", GOOD, "missing_weight: has no weights for model.layers.0.mlp.up_proj"),
+    (EVALUATE + " --model {missing_weight}", GOOD, "missing_weight: has no weights for model.layers.0.mlp"),
+    (TRAIN + " --model {missing_weight}", GOOD | {"chosen": 0}, "not a whole language model"),
+    (CLHA + " --model {pickle}", GOOD, "pickle: can't be loaded"),
+    # Tokenizers
+    (CLHA + " --model {no_eos}", GOOD, "no_eos: the tokenizer has no EOS token"),
+    (CLHA + " --model {no_bos}", GOOD, "no_bos: the LLaMA tokenizer drops BOS"),
+    (CLHA + " --model {no_tokenizer}", GOOD, "no_tokenizer: "),
+    (CLHA + " --model {torn_tokenizer}", GOOD, "torn_tokenizer: can't be loaded"),
+    (EVALUATE + " --model {other_tokenizer}", GOOD, "other_tokenizer: can't be loaded"),
+    (CLHA + " --model {sentencepiece}", GOOD, "tokenizer.model alone gives wrong ids; it needs a tokenizer.json"),
+    # Reward models
+    (SCORE + " --model {empty}", GOOD, "not a Hugging Face model folder"),
+    (SCORE + " --model {model}", GOOD, "has 2 outputs; a reward model has one"),
+    (SCORE + " --model {no_head}", GOOD, "no_head: not a whole reward model, it has no weights for score.weight"),
+    (SCORE + " --model {rm_two_outputs}", GOOD, "rm_two_outputs: "),
+    (SCORE + " --model {rm_missing_weight}", GOOD, "no weights for model.layers.0.mlp.up_proj.weight"),
+    (SCORE + " --model {rm_no_weights}", GOOD, "rm_no_weights: can't be loaded"),
+    (EVALUATE + " --reward_model {rm_cut}", GOOD, "rm_cut: can't be loaded"),
+    (EVALUATE + " --reward_model {rm_pickle}", GOOD, "rm_pickle: can't be loaded"),
+    (SCORE + " --model {rm_own_code}", GOOD, "rm_own_code: needs code of its own"),
+    (SCORE + " --model {rm_torn_config}", GOOD, "rm_torn_config: can't be loaded"),
+    (SCORE + " --model {rm_torn_tokenizer}", GOOD, "rm_torn_tokenizer: can't be loaded"),
+    (SCORE + " --model {rm_sentencepiece}", GOOD, "tokenizer.model alone gives wrong ids"),
+    (CLHA + " --dev_data {file} --reward_model {model}", GOOD, "has 2 outputs"),
+    (CLHA + " --dev_data {file} --reward_model nowhere", GOOD, "nowhere: no such model folder"),
+    # Checkpoints
+    (CONVERT + " --out {empty}", "", "empty: exists already"),
+    (CONVERT + " --what", "", "unrecognized arguments: --what"),
+    ("checkpoint.py {model} --out {out}", "", "model: not a checkpoint, run.json is not to be read"),
+    (model(CONVERT, "no_run"), "", "not a checkpoint, run.json is not to be read"),
+    (model(CONVERT, "torn_run"), "", "not a checkpoint, run.json is not to be read"),
+    (model(CONVERT, "list_run"), "", "run.json"),
+    (model(CONVERT, "empty_run"), "", "run.json"),
+    (model(CONVERT, "model_gone"), "", "gone: no such model folder"),
+    (model(CONVERT, "no_shard"), "", "a damaged checkpoint"),
+    (model(CONVERT, "cut_shard"), "", "a damaged checkpoint"),
+    (RESUME + " --batch_size 1", "", "step-2: is of another configuration (batch_size 4 -> 1, max_steps 2 -> 3)"),
+    (RESUME + " --resume never", "", "holds an unfinished run (step-2); --resume auto goes on with it"),
+    (model(RESUME, "torn_run"), "", "step-2: not a checkpoint, run.json is not to be read"),
+    (model(RESUME, "empty_run"), "", "run.json"),
+    (model(RESUME, "no_shard") + " --batch_size 4 --resume_anyway max_steps", "", "step-2: a damaged checkpoint"),
+    (model(RESUME, "cut_shard") + " --batch_size 4 --resume_anyway max_steps", "", "step-2: a damaged checkpoint"),
+    (model(RESUME, "finished"), "", "finished: holds a finished run (final/); choose another --output_dir"),
+    # Evaluations and sheets
+    ("evaluate.py table {empty}", "", "empty: no scores.json in it"),
+    ("evaluate.py table {file}", "", "data.jsonl: no scores.json in it"),
+    ("evaluate.py table {eval} {torn_scores}", "", "scores.json: not readable as JSON"),
+    ("evaluate.py table {list_scores}", "", "scores.json: not the scores of an evaluation, with Total"),
+    ("evaluate.py table --total {no_total}", "", "scores.json: not the scores of an evaluation, with Total"),
+    ("evaluate.py table {scores_of_texts}", "", "scores.json: not the scores of an evaluation"),
+    ("evaluate.py sheets {eval} {no_responses} --out {out}", "", "no_responses: no responses.jsonl in it"),
+    ("evaluate.py sheets {eval} {other_items} --out {out}", "", "are of different items, such as a"),
+    ("evaluate.py sheets {eval} {eval} --out {out}", "", "two of these have one name"),
+    ("evaluate.py sheets {eval} {no_reward} --out {out}", "", "line 1: no reply of an evaluation"),
+    ("evaluate.py sheets {eval} {eval} --out {out} --items 0", "", "--items 0: must be 1 or more"),
+    ("evaluate.py sheets {eval} {eval} --out {file}/x", "", "data.jsonl is a file; nothing can be put below it"),
+    ("evaluate.py compare {eval} {gold_of_text} --out {out}", "", "line 1: no reply of an evaluation"),
+    ("evaluate.py compare {eval} --out {out}", "", "needs two folders or more"),
+    ("evaluate.py compare {eval} {eval} --cases -1", "", "--cases -1: must be 0 or more"),
+    (TALLY + " --out {empty}", "", "empty: exists already"),
+    (TALLY + " --plot {out}.xyz", "", "out.xyz: the name must end in one of eps"),
+    (TALLY + " --plot figure3", "", "--plot figure3: the name must end in one of eps"),
+    (TALLY + " --key {out}", "", "out: not readable as JSON"),
+    (model(TALLY, "torn_key"), "", "key.json: not readable as JSON"),
+    (model(TALLY, "key_of_one"), "", 'key.json: "models" must be the names of two models'),
+    (model(TALLY, "key_of_numbers"), "", 'key.json: "models" must be the names of two models'),
+    (model(TALLY, "key_without_left"), "", 'key.json, item 1: needs "subset", a text, and "left"'),
+    (model(TALLY, "key_of_lists"), "", 'key.json, item 1: needs "subset"'),
+    (model(TALLY, "key_of_another_model"), "", 'key.json, item 1: needs "subset"'),
+    (model(TALLY, "half_a_character"), "", "key.json: not readable as JSON"),
+    (model(TALLY, "deep_answers"), "", "answers.json: not readable as JSON"),
+    (model(TALLY, "list_answers"), "", "answers.json: not a file of answers, with sheet, annotator, answers"),
+    (model(TALLY, "both"), "", "answers.json, item 1: 'both' is none of left, right, tie"),
+    (model(TALLY, "an_answer_list"), "", "answers.json, item 1: ['left'] is none of left, right, tie"),
+    (model(TALLY, "item_9"), "", "answers.json: the sheet has no item 9"),
+    (model(TALLY, "no_answers"), "", "answers.json: no answers in them"),
+    (model(TALLY, "other_sheet"), "", "the answers are of sheet-2, the key is of sheet-1"),
+    ("evaluate.py tally {csv_of_semicolons}/answers.csv --key {sheet}/key.json", "", "the columns sheet, item, answer parted by commas"),
+    ("evaluate.py tally {csv_latin_1}/answers.csv --key {sheet}/key.json", "", "answers.csv: not readable as CSV in UTF-8"),
 ]
 
 
-def fill(command: str, content: object, folder: Path, world: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def stock(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good folders, to be spoilt: a model, a reward model, a run of two steps, an evaluation, a sheet."""
+    folder = tmp_path_factory.mktemp("stock")
+    (folder / "empty").mkdir()
+    shutil.copytree(world / "init", folder / "model")
+    head = AutoModelForSequenceClassification.from_pretrained(world / "init", num_labels=1)
+    head.save_pretrained(folder / "rm")
+    load_tokenizer(str(world / "init")).save_pretrained(folder / "rm")
+    (folder / "data.jsonl").write_text(f"{json.dumps(GOOD)}\n" * 4)
+    paths = (str(folder / name) for name in ("model", "data.jsonl", "run"))
+    clha.train(clha.Config(*paths, max_steps=2, batch_size=4, checkpoint_every=1))
+    dist.destroy_process_group()
+    shutil.rmtree(folder / "run" / "final")
+    summary = evaluate.summarise([REPLY | {"char_bleu": 100.0}])
+    files = {"eval/scores.json": summary, "eval/responses.jsonl": REPLY}
+    for name, value in (files | {"sheet/key.json": KEY, "sheet/answers.json": ANSWERS}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def spoil(path: Path, change: Any) -> None:
+    """Changes a file, or makes it; SPOILT says how."""
+    if callable(change):
+        change(path)
+    elif change is None:
+        path.unlink()
+    elif isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes()[:change] if isinstance(change, int) else change
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def fill(command: str, content: Any, folder: Path, stock: Path) -> list[str]:
     """The words of a command, with its files made in a folder."""
-    paths = {name: folder / name for name in ("empty", "out", "no_eos", "no_weights")}
-    paths |= {"file": folder / "data.jsonl", "model": world / "init"}
-    paths["empty"].mkdir()
+    paths = {"out": folder / "out", "file": folder / "data.jsonl", "gz": folder / "data.jsonl.gz", "stock": stock}
+    for name in set(re.findall(r"{(\w+)}", command)) - paths.keys():
+        base, changes = SPOILT.get(name, (name, {}))
+        paths[name] = shutil.copytree(stock / base, folder / name, symlinks=True)
+        for place, change in changes.items():
+            spoil(next(paths[name].glob(place), paths[name] / place), change)
     if content is not None:
-        text = content if isinstance(content, str) else json.dumps(content)
-        paths["file"].write_text(text + "\n" * bool(text))
-    if "{no_eos}" in command:
-        (paths["no_eos"]).mkdir()
-        (paths["no_eos"] / "config.json").write_text("{}")
-        empty = Tokenizer(models.BPE())
-        PreTrainedTokenizerFast(tokenizer_object=empty).save_pretrained(paths["no_eos"])
-    if "{no_weights}" in command:
-        paths["no_weights"].mkdir()
-        for path in (world / "init").iterdir():
-            if path.suffix != ".safetensors":
-                (paths["no_weights"] / path.name).write_bytes(path.read_bytes())
+        lines = content if isinstance(content, list) else [content] * bool(content)
+        text = b"".join(
+            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode() + b"\n"
+            for line in lines
+        )
+        paths["gz" if "{gz}" in command else "file"].write_bytes(text)
     return [word.format(**paths) for word in command.split()]
 
 
-@pytest.mark.parametrize(("command", "content", "message"), CASES)
+def listing(folder: Path) -> dict[Path, int]:
+    """All that is below a folder, and when it was written."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("command", "content", "message"), CASES, ids=range(len(CASES)))
 def test_one_line_and_exit_code_2(
-    command: str,
-    content: object,
-    message: str,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    program, *arguments = fill(command, content, tmp_path, world)
+    command: str, content: Any, message: str, stock: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    program, *arguments = fill(command, content, tmp_path, stock)
+    before = listing(tmp_path)
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as end:
         run_program(PROGRAMS[program])
     printed = capsys.readouterr().err
     assert end.value.code == 2
     assert message in printed and printed.startswith(f"{program}: ") and printed.count("\n") == 1
-    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     ("command", "content"),
     [
         (CLHA, UNSCORED),
-        (SCORE, GOOD),
+        (model(SCORE, "cut_weights"), GOOD),
         (EVALUATE, "{"),
-        ("prepare_data.py release --source {file} --out {out}", "{}"),
+        (RELEASE, "{}"),
+        (model(CONVERT, "torn_run"), ""),
+        ("study.py toy --out {file}", ""),
     ],
 )
-def test_the_real_programs_end_the_same_way(
-    command: str, content: object, world: Path, tmp_path: Path
-) -> None:
-    words = fill(command, content, tmp_path, world)
+def test_the_real_programs_end_the_same_way(command: str, content: Any, stock: Path, tmp_path: Path) -> None:
+    words = fill(command, content, tmp_path, stock)
+    before = listing(tmp_path)
     result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith(f"{words[0]}: {tmp_path}")
-        or last.startswith(f"{words[0]}: {world}")
-        or "line 1" in last
-    )
+    assert last.startswith(f"{words[0]}: {tmp_path}") or "line 1" in last
+    assert listing(tmp_path) == before
+
+
+# (variables, command of run.sh, what the line says)
+RUN_SH = [
+    ("", "tidy", "tidy: no such command; there are setup, tiny, study, test, and none for all"),
+    ("NPROC=x", "", "NPROC=x: must be a number of processes"),
+    ("NPROC=0", "", "NPROC=0: must be"),
+    ("RECIPE=paper", "", "RECIPE=paper: must be release or default"),
+    ("MODEL=llama", "", "MODEL=llama: must be a folder, or a hub name like owner/name"),
+    ("MODEL=./no/where", "", "MODEL=./no/where: must be a folder"),
+    ("HH={out}", "", "out: must be a folder, or a hub name like owner/name"),
+    ("RM_TRAIN=rm", "", "RM_TRAIN=rm: must be a folder"),
+    ("RM_EVAL={file}", "", "data.jsonl: must be a folder, or a hub name"),
+    ("OUT={file}", "", "data.jsonl: must be a folder"),
+    ("OUT={file}/x", "tiny", "data.jsonl/x: must be a folder"),
+    ("PYTHON=nothing", "", "PYTHON=nothing: must be a Python that has the packages of requirements.txt"),
+    ("PYTHON={bare}", "tiny", "bare: must be a Python that has the packages"),
+    ("SCALE=half", "tiny", "SCALE=half: must be a percentage of the steps, 2 or more"),
+    ("SCALE=1", "tiny", "SCALE=1: must be a percentage of the steps, 2 or more"),
+    ("SEEDS=one", "study", "SEEDS=one: must be numbers"),
+    ("SEEDS=0,1", "study", "SEEDS=0,1: must be numbers"),
+    ("HH={out}", "study", "out: must be a folder of the authors' files"),
+    ("OUT={file}", "study", "data.jsonl: must be a folder"),
+]
+
+
+@pytest.mark.parametrize(("variable", "command", "message"), RUN_SH)
+def test_run_sh_checks_its_variables_before_any_work(
+    variable: str, command: str, message: str, tmp_path: Path
+) -> None:
+    names = {name: tmp_path / name for name in ("out", "bare")} | {"file": tmp_path / "data.jsonl"}
+    names["file"].touch()
+    names["bare"].write_text("#!/bin/sh\nexit 1\n")
+    names["bare"].chmod(0o755)
+    given = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    given |= dict([variable.format(**names).split("=")] if variable else [])
+    words = ["bash", "run.sh", *command.split()]
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | given, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("run.sh: ") and message in result.stderr
     assert not (tmp_path / "out").exists()
 
 

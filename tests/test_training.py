@@ -14,9 +14,16 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import clha
+import evaluate
+import reward
 from program import load_tokenizer
 from program import run as run_program
 from records import InputError, read_records, write_jsonl
@@ -440,3 +447,22 @@ def test_a_finished_run_is_refused_with_exit_code_2(
 def test_tensorboard_is_written_where_it_is_installed(one_process: Path) -> None:
     pytest.importorskip("tensorboard")
     assert os.listdir(one_process / "tensorboard")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_dev_reward_is_that_of_evaluate(world: Path, data: Path, tmp_path: Path, processes: int) -> None:
+    # At a learning rate of 0 the model stays what it is. 15 prompts do not divide by two.
+    write_jsonl(tmp_path / "dev.jsonl", read_records(data)[:15])
+    model = AutoModelForSequenceClassification.from_pretrained(world / "init", num_labels=1, pad_token_id=0)
+    model.save_pretrained(tmp_path / "judge")
+    load_tokenizer(str(world / "init")).save_pretrained(tmp_path / "judge")
+    flags = ["--dev_data", tmp_path / "dev.jsonl", "--reward_model", tmp_path / "judge"]
+    flags += ["--learning_rate", "0", "--max_steps", "1"]
+    launch(world, data, tmp_path / "run", *map(str, flags), processes=processes)
+    plain = plain_model(world).eval()
+    prompts = [record["prompt"] for record in read_records(tmp_path / "dev.jsonl")]
+    replies = evaluate.generate(plain, load_tokenizer(str(world / "init")), prompts)
+    scores = reward.load_reward_model(str(tmp_path / "judge")).score(prompts, replies)
+    expected = 100 * torch.tensor(scores).sigmoid().mean().item()
+    assert log(tmp_path / "run")[0]["eval/reward"] == pytest.approx(expected, abs=1e-3)
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-1"
