@@ -18,6 +18,7 @@ import argparse
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -39,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import program
-from records import InputError, new_folder
+from records import InputError, claim, new_folder
 
 # What may differ between a run and its continuation without being named: it changes no weight.
 FREE = {
@@ -89,20 +90,27 @@ class Run:
         self.best: list[float] = []  # step and score of the best evaluation
         with open(config.train_data, "rb") as file:
             self.data = hashlib.file_digest(file, "sha256").hexdigest()
+        self.lock = claim(self.output) if self.rank == 0 else None
         self.group = dist.new_group(backend="gloo")  # of the thread that writes in the background
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
-        self.resume()
-        self.log = Log(self.output, config, self.step) if self.rank == 0 else None
         self.handlers = {
             number: signal.signal(number, self.note_signal) for number in (signal.SIGTERM, signal.SIGINT)
         }
+        try:
+            self.resume()
+            self.log = Log(self.output, config, self.step) if self.rank == 0 else None
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Gives signals back their meaning, and ends the thread."""
+        """Gives signals back their meaning, and ends the thread and the claim on the folder."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.thread.shutdown()
+        if self.lock:
+            self.lock.close()
 
     # Going on
 
@@ -302,7 +310,7 @@ class Log:
         path, partial = output / "metrics.jsonl", output / "metrics.jsonl.partial"
         lines = path.read_bytes().splitlines(keepends=True) if step and path.exists() else []
         whole = (line for line in lines if line.endswith(b"\n"))  # what was done after the checkpoint goes
-        partial.write_bytes(b"".join(line for line in whole if json.loads(line)["step"] <= step))
+        partial.write_bytes(b"".join(line for line in whole if json.loads(line).get("step", 0) <= step))
         partial.replace(path)
         self.file = path.open("ab", buffering=0)
         try:
@@ -358,20 +366,22 @@ def reason(error: BaseException | None) -> str:
 
 def read_run(path: Path) -> dict[str, Any]:
     """run.json of a checkpoint. Raises InputError if the folder is none."""
-    try:
-        return json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a checkpoint, run.json is not to be read ({error})") from None
+    need = {"step": int, "tokens": int, "config": dict, "data": str, "scheduler": dict, "versions": dict}
+    return program.read_json(path / "run.json", need, "the state of a checkpoint")
 
 
 def read_tensors(state: dict[str, torch.Tensor], path: Path) -> None:
     """Reads tensors in place by their names, each process its shard. Raises InputError if it can't."""
     try:
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+        logging.disable()  # what goes wrong is said here, in one line
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path}: a damaged checkpoint ({reason(error)}); without this folder, the one before it serves"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def main() -> None:

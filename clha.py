@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -402,8 +402,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointin
         settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         with loading(path):
             full, info = AutoModelForCausalLM.from_pretrained(path, **settings)
-        if info["missing_keys"]:
-            raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
+        program.refuse_missing(path, info)
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -414,7 +413,9 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointin
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:  # the decoder's layers
             fully_shard(module, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)  # the rest in one unit: embedding and LM head may share weights
+    # The rest in one unit: embedding and LM head may share weights. It too is sharded again after a forward:
+    # where no backward pass follows, the optimizer and checkpoints would see the gathered copy of it.
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.tie_weights()
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -533,10 +534,11 @@ def run_batch(
 def train(config: Config) -> None:
     """The whole run: from records to output_dir/final, with metrics.jsonl on the way."""
     rank, _, device = init_process()
-    output = Path(config.output_dir)
+    config, output = replace(config), Path(config.output_dir)  # the caller's own stays as it is
     if (output / "final").exists():
         raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
     program.check_ranges(config)
+    program.check_out(output, "folder")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     torch.manual_seed(config.seed + rank)  # of dropout, in a model that has it

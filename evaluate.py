@@ -104,9 +104,10 @@ def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTo
     tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with loading(path):
-        settings = {"dtype": dtype, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(path, **settings).to(device).eval()
-    return model, tokenizer
+        settings = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
+    program.refuse_missing(path, info)
+    return model.to(device).eval(), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------

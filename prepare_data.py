@@ -44,7 +44,7 @@ TABLE_1 = {  # (training, test) queries of each subset in the paper
     "helpful-rejection-sampled": (52421, 2749),
 }
 Splits = dict[str, list[Record]]  # "train", "dev", "test" -> records
-Row = tuple[str, str, int, dict[str, Any]]  # split, subset, line and what stands there
+Row = tuple[str, str, str, int, dict[str, Any]]  # file, split, subset, line and what stands there
 
 # ------------------------------------------------------------------------------------------------------------
 # Raw HH-RLHF
@@ -97,7 +97,7 @@ def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[st
 
 
 def read_hh(source: str) -> Iterator[Row]:
-    """Yields (split, subset, line, row) of all of HH-RLHF that `source` has; names what it has not."""
+    """Yields (file, split, subset, line, row) of all of HH-RLHF that `source` has; names what it has not."""
     found = False
     for subset, split in itertools.product(TABLE_1, ("train", "test")):
         rows = hh_rows(source, subset, split)
@@ -108,7 +108,7 @@ def read_hh(source: str) -> Iterator[Row]:
         for line, row in tqdm(rows, desc=f"{subset}/{split}", disable=None):
             if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
                 raise InputError(f"{source}, {subset}/{split}, line {line}: no texts chosen and rejected")
-            yield split, subset, line, row
+            yield f"{source}, {subset}/{split}", split, subset, line, row
     if not found:
         raise InputError(f"{source}: has none of HH-RLHF's files, such as harmless-base/train.jsonl.gz")
 
@@ -140,7 +140,7 @@ def release_record(row: dict[str, Any]) -> Record:
 
 
 def read_release(source: str) -> Iterator[Row]:
-    """Yields (split, subset, line, row) of the authors' files: one file, or all in a folder and below it.
+    """Yields (file, split, subset, line, row) of the authors' files: one file, or all in and below a folder.
 
     "train" in a file's path below the folder makes it training data, "dev" in its name dev data; the others
     are test data.
@@ -156,7 +156,7 @@ def read_release(source: str) -> Iterator[Row]:
             meta = row.get("meta")
             raw = Path(str(meta.get("path"))).parent.name if isinstance(meta, dict) else ""
             subset = raw if raw in TABLE_1 else path.name.split(".")[0]
-            yield split, subset.replace("_", "-"), line, row
+            yield str(path), split, subset.replace("_", "-"), line, row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,17 +167,17 @@ def collect(rows: Iterable[Row], parse: Callable[..., Record | str]) -> tuple[Sp
     """All rows as records by split, and how many were left out for which reason."""
     splits: Splits = {"train": [], "dev": [], "test": []}
     dropped: Counter[str] = Counter()
-    for split, subset, line, row in rows:
+    for file, split, subset, line, row in rows:
         try:
             record = parse(row)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{subset}/{split}, line {line}: not a row of this format ({error})") from None
+            raise InputError(f"{file}, line {line}: not a row of this format ({error})") from None
         if not isinstance(record, str):
             record |= {"subset": subset, "id": f"{subset}/{split}/{line}"}
             if not all(response.strip() for response in record["responses"]):
                 record = "an empty reply"
             elif wrong := check_record(record, []):
-                raise InputError(f"{subset}/{split}, line {line}: {wrong}")
+                raise InputError(f"{file}, line {line}: {wrong}")
         if isinstance(record, str):
             dropped[record] += 1
         else:

@@ -3,10 +3,10 @@
 import argparse
 import errno
 import json
-import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from records import InputError
 
@@ -71,9 +71,11 @@ def check_ranges(config: Any) -> None:
     """Raises InputError for a number of the flags that is not finite, or below 0 or its least value."""
     numbers = ((name, n) for name, v in vars(config).items() for n in (v if type(v) is list else [v]))
     for name, value in numbers:
-        least, limit = LEAST.get(name, 0), 2**32 if type(value) is int else math.inf  # numpy's, of a seed
-        if type(value) in (int, float) and not least <= value < limit:
-            raise InputError(f"--{name} {value}: must be {least} or more, and less than {limit}")
+        least = LEAST.get(name, 0)
+        if type(value) is int and not least <= value < 2**32:  # the limit is numpy's, of a seed
+            raise InputError(f"--{name} {value}: must be {least} or more, and less than 2**32")
+        if type(value) is float and not least <= value < 1e38:  # float32's
+            raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
 
 
 def check_out(out: str | Path, kind: Literal["new", "file", "folder"]) -> None:
@@ -181,6 +183,13 @@ def describe(model: PreTrainedModel, examples: list[Any], steps: int, config: An
 # Loading
 
 
+SAYS = {  # what some errors of transformers and torch mean, by a word in them
+    "trust_remote_code": "needs code of its own, and no folder's code is run here",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "weights_only": "its weights are a pickle that may hold code, and is not opened; safetensors would be",
+}
+
+
 @contextmanager
 def loading(path: str) -> Iterator[None]:
     """Around what loads from a folder or a hub name: raises InputError if there is no model to be had."""
@@ -193,15 +202,31 @@ def loading(path: str) -> Iterator[None]:
     # Of a bare tokenizer.model, transformers 5 makes a tokenizer with other merges, and says nothing.
     if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
         raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what is missing is said here, in one line
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # of all kinds, for a file that is not as it should be
-        if "trust_remote_code" in str(error):
-            raise InputError(f"{path}: needs code of its own, and no folder's code is run here") from error
-        first, *_ = (str(error).strip() or type(error).__name__).splitlines()
-        raise InputError(f"{path}: can't be loaded: {first}") from error
+        said = textwrap.shorten(f"can't be loaded: {type(error).__name__}: {error}", 300)
+        meaning = next((text for word, text in SAYS.items() if word in str(error)), said)
+        raise InputError(f"{path}: {meaning}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def refuse_missing(path: str, info: dict[str, Any]) -> None:
+    """Raises InputError if a folder lacks weights, by what loading it told; transformers would draw them."""
+    if info["missing_keys"]:
+        raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
+
+
+def refuse_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raises InputError if a tokenizer has tokens that the model of the folder does not know."""
+    known = getattr(config.get_text_config(), "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > known:  # without added tokens, which a text may never have
+        raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -212,4 +237,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: the tokenizer has no EOS token, so that no reply could end")
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+    with loading(path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    refuse_vocabulary(path, tokenizer, config)
     return tokenizer

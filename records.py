@@ -8,6 +8,7 @@ A record is one query:
 "rewards", "chosen" (the index of the reply that people preferred), "subset" and "id" may be absent.
 """
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -103,7 +104,9 @@ def check_record(record: Record, need: Iterable[str]) -> str | None:
     if not all(type(reward) in (int, float) and abs(reward) < 1e38 for reward in rewards or []):  # float32
         return f'"rewards" must be finite numbers, not {str(rewards)[:80]}'
     if type(chosen) is not int or not 0 <= chosen < len(responses):
-        return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {str(chosen)[:20]!r}'
+        return f'"chosen" must be the index of a reply, 0 to {len(responses) - 1}, not {str(chosen)[:20]}'
+    if not all(isinstance(record.get(name, ""), str) for name in ("subset", "id")):
+        return '"subset" and "id" must be texts'
     hints = {"rewards": "; `python reward.py score` adds them", "chosen": ""}
     return next((f'no "{name}" yet{hints[name]}' for name in need if record.get(name) is None), None)
 
@@ -133,6 +136,20 @@ def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Long work, part by part
+
+
+def claim(folder: Path) -> IO[str]:
+    """Makes a folder this process's own, as long as what is returned is open and the process lives.
+
+    Raises InputError if another program is at work in it: two of them would write into each other's files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another program is at work in it") from None
+    return file
 
 
 def gather(mine: list[Any], total: int) -> list[Any]:

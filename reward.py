@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, PreTrainedModel
@@ -157,13 +158,13 @@ def load_reward_model(
         text = partial(oasst_text, eos=tokenizer.eos_token)
     elif tokenizer.chat_template:
         text = partial(chat_text, tokenizer)
+        text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
     else:
         text = partial(hh_text, eos=tokenizer.eos_token or "")
     if not open_assistant and model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"{path}: not a whole reward model, it has no weights for {missing}")
+    program.refuse_missing(path, info)
+    program.refuse_vocabulary(path, tokenizer, model.config)
     max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     pack_tokens = pack_tokens or (8192 if device.type == "cuda" else 1024)
     adds_bos = not open_assistant and not tokenizer.chat_template  # elsewhere the text has all it needs
@@ -185,7 +186,11 @@ def hh_text(prompt: Messages, response: str, eos: str) -> str:
 def chat_text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
     """A dialogue in the chat template that a model brings along."""
     turns = [*prompt, {"role": "assistant", "content": response}]
-    return tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:  # most often it wants no system turn, or other roles in turn
+        said = f"its chat template takes no {turns[:2]}: {error}"
+        raise InputError(f"{tokenizer.name_or_path}: {said}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,13 +217,16 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
 
 def reward_gaps(records: list[Record]) -> Tensor:
     """|r_i - r_j| of every pair of replies of every record, as one vector."""
-    rewards = [torch.tensor(record["rewards"]) for record in records]
+    rewards = [torch.tensor(record["rewards"], dtype=torch.float32) for record in records]
     return torch.cat([torch.pdist(row[:, None], p=1) for row in rewards])
 
 
 def summary(records: list[Record]) -> str:
     """Rewards and reward gaps as a few lines of Markdown: what `min_reward_gap` would keep."""
-    rewards, gaps = torch.tensor([r for record in records for r in record["rewards"]]), reward_gaps(records)
+    rewards, gaps = (
+        torch.tensor([float(r) for record in records for r in record["rewards"]]),
+        reward_gaps(records),
+    )
     above = sum(max(record["rewards"]) > 0 for record in records) / len(records)
     agree = sum(record["rewards"][record.get("chosen", 0)] == max(record["rewards"]) for record in records)
     thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)
@@ -298,13 +306,10 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model)
     records = read_records(args.data, need=["chosen"])
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a new head is what is wanted, not a warning
     with loading(args.model):
         settings = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
         settings["trust_remote_code"] = False
         model, info = AutoModelForSequenceClassification.from_pretrained(args.model, **settings)
-    transformers.logging.set_verbosity(verbosity)
     if head(model) is None or set(info["missing_keys"]) - {"score.weight"}:
         raise InputError(f"{args.model}: not a whole language model to train a reward model from")
     has_pad = tokenizer.pad_token_id is not None

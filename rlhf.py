@@ -69,7 +69,9 @@ def train(args: argparse.Namespace) -> None:
         save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty())  # fmt: skip
     judge = reward_function(reward.load_reward_model(args.reward_model, config.device))
     with loading(args.model):  # weights in fp32 as in clha.py, even if it computes in bf16
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+        settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(args.model, **settings)
+    program.refuse_missing(args.model, info)
     data = Dataset.from_list([{"prompt": prompt_text(d, tokenizer), "dialogue": d} for d in dialogues])
     trainer = trl.RLOOTrainer(model, judge, config, data, processing_class=tokenizer)
     trainer.train()

@@ -26,8 +26,26 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that spin while th
 
 die() { echo "run.sh: $*" >&2; exit 2; }
 
+# need NAME PATTERN MEANING: ends the program if the variable is not what the pattern says.
+need() { [[ ${!1} =~ ^($2)$ ]] || die "$1=${!1}: must be $3"; }
+
+# need_model NAME...: a folder, or what may be on the hub.
+need_model() {
+    local name
+    for name; do
+        [ -d "${!name}" ] || need "$name" '[^/.~][^/]*/[^/]+' "a folder, or a hub name like owner/name"
+    done
+}
+
+# need_out: the folder for all that is written can be made.
+need_out() { mkdir -p -- "$OUT" 2> /dev/null || die "OUT=$OUT: must be a folder"; }
+
 setup() {
-    [ -z "${PYTHON:-}" ] || return 0
+    if [ -n "${PYTHON:-}" ]; then
+        "$PYTHON" -c 'from importlib.util import find_spec as f; assert f("torch") and f("transformers")' 2> /dev/null ||
+            die "PYTHON=$PYTHON: must be a Python that has the packages of requirements.txt"
+        return
+    fi
     PYTHON=.venv/bin/python
     cmp -s requirements.txt .venv/installed.txt && return 0
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "needs python3 of version 3.11 or later"
@@ -51,9 +69,11 @@ stage() {
 }
 
 tiny() {
+    OUT=${OUT:-out/tiny} SCALE=${SCALE:-100}
+    need SCALE '[2-9]|[1-9][0-9]{1,4}' "a percentage of the steps, 2 or more"
     setup
-    local out=${OUT:-out/tiny} scale=${SCALE:-100} started=$SECONDS name
-    [[ $scale =~ ^[1-9][0-9]*$ ]] || die "SCALE=$scale: must be a percentage of the steps"
+    need_out
+    local out=$OUT scale=$SCALE started=$SECONDS name
     local data=$out/data base=$out/base/final
     local small=(--batch_size 64 --pack_tokens 4096 --no_activation_checkpointing)
     local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen)
@@ -85,10 +105,13 @@ tiny() {
 }
 
 study() {
+    OUT=${OUT:-out/study} SEEDS=${SEEDS:-0 1 2 3 4}
+    local out=$OUT seeds hh=${HH:-}
+    need SEEDS ' *[0-9]+( +[0-9]+)* *' "numbers, with blanks between them"
+    [ -z "$hh" ] || [ -d "$hh" ] || die "HH=$hh: must be a folder of the authors' files"
     setup
-    local out=${OUT:-out/study} seeds hh=${HH:-}
-    read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
-    [ -z "$hh" ] || [ -d "$hh" ] || die "HH=$hh: no such folder; the study takes the authors' files"
+    need_out
+    read -ra seeds <<< "$SEEDS"
     "$PYTHON" study.py toy --out "$out" --seeds "${seeds[@]}"
     if [ -n "$hh" ]; then
         "$PYTHON" study.py real --out "$out" --source "$hh" --seeds "${seeds[@]:0:3}"
@@ -105,13 +128,16 @@ tests() {
 }
 
 full() {
+    MODEL=${MODEL:-huggyllama/llama-7b} HH=${HH:-Anthropic/hh-rlhf} OUT=${OUT:-out/hh} NPROC=${NPROC:-8}
+    RM_TRAIN=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5}
+    RM_EVAL=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1} RECIPE=${RECIPE:-release}
+    need NPROC '[1-9][0-9]*' "a number of processes"
+    need RECIPE 'release|default' "release or default"
+    need_model MODEL HH RM_TRAIN RM_EVAL
     setup
-    local model=${MODEL:-huggyllama/llama-7b} hh=${HH:-Anthropic/hh-rlhf} out=${OUT:-out/hh} nproc=${NPROC:-8}
-    local rm_train=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5}
-    local rm_eval=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1}
-    [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: must be a number of processes"
-    local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$nproc") data=$out/data part
-    local format=hh
+    need_out
+    local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+    local out=$OUT data=$OUT/data hh=$HH part format=hh
     # Raw HH-RLHF has a folder for each subset; the authors' data.zip has not.
     [ -d "$hh" ] && ! compgen -G "$hh/*-base" > /dev/null && format=release
     stage "$data" "$PYTHON" prepare_data.py "$format" --source "$hh" --out "$data"
@@ -120,24 +146,24 @@ full() {
         if [ $format = release ]; then  # scored by the authors
             stage "$out/$part.jsonl" cp "$data/$part.jsonl" "$out/$part.jsonl"
         else
-            stage "$out/$part.jsonl" "${launch[@]}" reward.py score --model "$rm_train" \
+            stage "$out/$part.jsonl" "${launch[@]}" reward.py score --model "$RM_TRAIN" \
                 --data "$data/$part.jsonl" --out "$out/$part.jsonl" --plot "$out/gaps-$part.png"
         fi
     done
     # shellcheck disable=SC2086  # the flags are meant to be split
-    stage "$out/clha/final" "${launch[@]}" clha.py --model "$model" --train_data "$out/train.jsonl" \
-        --dev_data "$out/dev.jsonl" --output_dir "$out/clha" --recipe "${RECIPE:-release}" --save_every 600 \
+    stage "$out/clha/final" "${launch[@]}" clha.py --model "$MODEL" --train_data "$out/train.jsonl" \
+        --dev_data "$out/dev.jsonl" --output_dir "$out/clha" --recipe "$RECIPE" --save_every 600 \
         ${TRAIN_FLAGS:-}
     # The release keeps the checkpoint whose greedy replies to the dev prompts have the highest mean reward.
     # shellcheck disable=SC2086
     stage "$out/eval/dev/best.txt" "${launch[@]}" evaluate.py --model "$out"/clha/{step-*,final} \
-        --data "$out/dev.jsonl" --reward_model "$rm_train" --out "$out/eval/dev" ${EVAL_FLAGS:-}
+        --data "$out/dev.jsonl" --reward_model "$RM_TRAIN" --out "$out/eval/dev" ${EVAL_FLAGS:-}
     # shellcheck disable=SC2086
     stage "$out/eval/clha/scores.json" "${launch[@]}" evaluate.py --model "$(cat "$out/eval/dev/best.txt")" \
-        --data "$data/test.jsonl" --reward_model "$rm_eval" --out "$out/eval/clha" ${EVAL_FLAGS:-}
+        --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval/clha" ${EVAL_FLAGS:-}
     # shellcheck disable=SC2086
-    stage "$out/eval/base/scores.json" "${launch[@]}" evaluate.py --model "$model" \
-        --data "$data/test.jsonl" --reward_model "$rm_eval" --out "$out/eval/base" ${EVAL_FLAGS:-}
+    stage "$out/eval/base/scores.json" "${launch[@]}" evaluate.py --model "$MODEL" \
+        --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval/base" ${EVAL_FLAGS:-}
     "$PYTHON" evaluate.py table "$out"/eval/{base,clha} | tee "$out/table.md"
 }
 

@@ -35,7 +35,7 @@ import reward
 import rlhf
 import toy
 from program import HelpFormatter, refuse
-from records import InputError, Record, new_folder, read_records, write_jsonl
+from records import InputError, Record, claim, new_folder, read_records, write_jsonl
 
 NOISE, NOISES, LENGTHS = 0.2, (0.0, 0.2, 0.4), (2, 3)  # shares of wrong labels; the first for everything
 STEPS, LEARNING_RATE = 80, 5e-4  # of alignment, on each toy world
@@ -325,8 +325,9 @@ def plan(noise: float, length: int) -> list[dict[str, Any]]:
 def run_toy(args: argparse.Namespace) -> None:
     """Every objective and ablation on each toy world, and the sweeps on one of each seed."""
     for seed in args.seeds:
-        for noise, length in itertools.product((NOISE, *NOISES), LENGTHS):
-            run_all(toy_world(args.out / "toy", seed, noise, length), plan(noise, length), seed)
+        with claim(args.out / "toy" / f"seed-{seed}"):
+            for noise, length in itertools.product((NOISE, *NOISES), LENGTHS):
+                run_all(toy_world(args.out / "toy", seed, noise, length), plan(noise, length), seed)
 
 
 def run_real(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 sys.path[:0] = [str(Path(__file__).parents[1])]
 import program
 import toy
-from checkpoint import newest_checkpoint
+from checkpoint import checkpoints, newest_checkpoint
 from program import HelpFormatter, refuse
 from records import InputError, read_jsonl, write_jsonl
 
@@ -43,6 +43,7 @@ def make_data(folder: Path) -> None:
     for record in records:
         record["rewards"] = [toy.gold(record["prompt"], reply) for reply in record["responses"]]
     write_jsonl(folder / "scored.jsonl", records)
+    write_jsonl(folder / "dev.jsonl", records[:16])
     shutil.copytree(folder / "init", folder / "dropout")
     settings = json.loads((folder / "init" / "config.json").read_text())
     (folder / "dropout" / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
@@ -56,6 +57,7 @@ class Trial:
         flags = {
             "model": data / model, "train_data": data / "scored.jsonl", "output_dir": out, "max_steps": steps,
             "batch_size": 8, "learning_rate": 1e-4, "pack_tokens": 512, "checkpoint_every": 10,
+            "dev_data": data / "dev.jsonl", "eval_every": 15,
         }  # fmt: skip
         self.flags = [str(word) for k, value in (flags | settings).items() for word in (f"--{k}", value)]
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,8 @@ class Trial:
 
 def reference(args: argparse.Namespace, data: Path, steps: int, model: str, processes: int) -> Trial:
     """A run that nothing stops; made once."""
-    trial = Trial(data, args.out / f"reference-{model}-{steps}-{processes}", steps, model)
+    out = args.out / f"reference-{model}-{steps}-{processes}"
+    trial = Trial(data, out, steps, model, keep_checkpoints=100)
     if not trial.weights().exists():
         trial.start(processes)
         trial.finish()
@@ -208,8 +211,10 @@ def resize(args: argparse.Namespace, data: Path) -> dict[str, Any]:
         shutil.rmtree(trial.out, ignore_errors=True)
         shutil.copytree(whole.out, trial.out, symlinks=True)
         shutil.rmtree(trial.out / "final")
-        for path in (trial.out / "checkpoints").glob("step-[34]0"):
-            shutil.rmtree(path)
+        for path in checkpoints(trial.out / "checkpoints"):
+            if int(path.name[5:]) > 20:
+                shutil.rmtree(path)
+        result[f"{before} -> {after}, from step"] = trial.saved()
         trial.start(after)
         trial.finish()
         ours, theirs = load_file(trial.weights()), load_file(whole.weights())

@@ -3,11 +3,11 @@
     python bench/fuzz.py --minutes 30 --corpus out/fuzz
     python bench/fuzz.py --replay out/fuzz/findings/TypeError-records-42
 
-An input's first byte chooses a reader, the rest is the file that it gets. Each reader may do its work or raise
-InputError; anything else is a finding, and so is a result that no file and no terminal takes
-(half a character). A finding is kept as a file, one for each kind of exception and line of the project where
-it was raised. Half of the changes to an input put an odd value at any place of its JSON. What libFuzzer says
-is in log.txt, in the same folder; a later run goes on from the inputs there.
+An input's first byte chooses a reader, the rest is the file that it gets. A reader may do its work or raise
+InputError. Anything else is a finding, and so is a result that no file and no terminal takes (half a
+character). A finding is kept as a file, one for each kind of exception and line of the project that it came
+through. Half of the changes to an input put an odd value at any place of its JSON. What libFuzzer says is in
+log.txt, in the same folder; a later run goes on from the inputs there.
 """
 
 import argparse
@@ -26,15 +26,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
 try:
     import atheris
 except ImportError:
-    sys.exit("fuzz.py: needs atheris; `pip install .[fuzz]` brings it")
+    import program
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+    program.stop("needs atheris: pip install .[fuzz]")
 
-PROJECT = ["records", "prepare_data", "people", "evaluate", "clha"]  # no other modules are watched: faster
+PROJECT = [
+    "records",
+    "program",
+    "prepare_data",
+    "people",
+    "evaluate",
+    "clha",
+]  # others aren't watched: faster
 with atheris.instrument_imports(include=PROJECT):
     import clha
     import evaluate
@@ -51,13 +59,24 @@ RECORD = {
     "prompt": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "What?"}],
     "responses": ["So.", "No."], "rewards": [0.5, -1], "chosen": 1, "subset": "toy", "id": "a",
 }  # fmt: skip
+RAW = {name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+RELEASED = {
+    "prefix": [["<|prompter|>Hi", "<|assistant|>"]] * 2, "suffix": ["So.<|endoftext|>", "No."],
+    "reward": [1.5, -0.5], "sft_index": 0, "meta": {"path": "raw/helpful-base/dev.jsonl"},
+}  # fmt: skip
+REPLY = {"id": "a", "response": "So.\n\nHuman: And?", "reward": 61.5}
 KEY = {
-    "sheet": "sheet-1",
-    "models": ["x", "y"],
-    "items": {n: {"id": n, "subset": "toy", "left": "x"} for n in ("1", "2")},
-}
-VOTES = b'{"sheet": "sheet-1", "annotator": "Ann", "answers": {"1": "left", "2": "tie"}}'
+    "sheet": "sheet-1", "models": ["x", "y"],
+    "items": {item: {"id": item, "subset": "toy", "left": "x"} for item in ("1", "2")},
+}  # fmt: skip
+VOTES = {"sheet": "sheet-1", "annotator": "Ann", "answers": {"1": "left", "2": "tie"}}
+SHEET = b'\xef\xbb\xbfsheet,item,prompt,answer\r\nsheet-1,1,"a\r\nb",left\r\nsheet-1,2,,\r\n'
 TOKENIZER = toy.train_tokenizer([f"{clha.render(RECORD['prompt'])} So."], vocab_size=300)
+
+
+def as_line(row: Any) -> bytes:
+    """A row as a line of JSON."""
+    return json.dumps(row).encode()
 
 
 def encoded(path: Path) -> Any:
@@ -77,9 +96,9 @@ def hh(path: Path) -> Any:
 
 def votes_by_key(path: Path) -> Any:
     """A key, and an annotator's votes by it."""
-    key = people.read_json(str(path), {"sheet": str, "models": list, "items": dict}, "the key of a sheet")
+    key = people.read_key(str(path))
     votes = path.with_name("good.json")
-    votes.write_bytes(VOTES)
+    votes.write_bytes(as_line(VOTES))
     return key, people.read_votes(str(votes), key)
 
 
@@ -88,40 +107,18 @@ def release(path: Path) -> Any:
     return prepare_data.collect(prepare_data.read_release(str(path)), prepare_data.release_record)
 
 
-READERS: list[tuple[str, Callable[[Path], Any], bytes]] = [  # (name of the file, reader, a good one)
-    ("data.jsonl", encoded, json.dumps(RECORD).encode() * 1),
+READERS: list[tuple[str, Callable[[Path], Any], bytes]] = [  # name of the file, its reader, a good file
+    ("data.jsonl", encoded, as_line(RECORD)),
+    ("data.jsonl.gz", encoded, gzip.compress(as_line(RECORD))),
     ("rows.jsonl", lambda path: list(read_jsonl(path)), b'{"a": [1, "\\ud83d\\ude00"]}\n{"b": null}'),
-    ("data.jsonl.gz", encoded, gzip.compress(json.dumps(RECORD).encode())),
-    (
-        "helpful-base/test.jsonl",
-        hh,
-        json.dumps({name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}).encode(),
-    ),
-    (
-        "hh_test/helpful_base.json",
-        release,
-        json.dumps(
-            {
-                "prefix": [["<|prompter|>Hi", "<|assistant|>"]] * 2,
-                "suffix": ["So.<|endoftext|>", "No."],
-                "reward": [1.5, -0.5],
-                "sft_index": 0,
-                "meta": {"path": "raw/helpful-base/dev.jsonl"},
-            }
-        ).encode(),
-    ),
-    ("votes.json", lambda path: people.read_votes(str(path), KEY), VOTES),
-    (
-        "votes.csv",
-        lambda path: people.read_votes(str(path), KEY),
-        b'\xef\xbb\xbfsheet,item,prompt,answer\r\nsheet-1,1,"a\r\nb",left\r\nsheet-1,2,,\r\n',
-    ),
-    ("key.json", votes_by_key, json.dumps(KEY).encode()),
-    (
-        "replies.jsonl",
-        lambda path: evaluate.read_replies(str(path), [RECORD]),
-        b'{"id": "a", "response": "So.\\n\\nHuman: And?"}',
-    ),
+    ("helpful-base/test.jsonl", hh, as_line(RAW)),
+    ("hh_test/helpful_base.json", release, as_line(RELEASED)),
+    ("extra.jsonl", lambda path: prepare_data.read_extra(str(path), [RECORD]), as_line(REPLY)),
+    ("replies.jsonl", lambda path: evaluate.read_replies(str(path), [RECORD]), as_line(REPLY)),
+    ("eval/responses.jsonl", lambda path: people.read_evaluation(path.parent), as_line(RECORD | REPLY)),
+    ("key.json", votes_by_key, as_line(KEY)),
+    ("votes.json", lambda path: people.read_votes(str(path), KEY), as_line(VOTES)),
+    ("votes.csv", lambda path: people.read_votes(str(path), KEY), SHEET),
 ]
 
 
@@ -137,9 +134,11 @@ def read(data: bytes, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Fuzzing
 
-ODD = ["null", "true", "-1", "2", "1.5", "1e30", "1e39", "NaN", "-Infinity", "9" * 40, "9" * 4400, "[" * 3000,
-       "[]", "{}", "[[]]", '""', '" "', '"\\ud800"', '"\\u0000"', '"\\n"', '"</s>"', '"\\u2028\\u202e"',
-       '"a\\n\\nHuman: b\\n\\nAssistant: c"', '"<|assistant|>"', '"<|prompter|>"', '[["a"], 1]', '{"path": 1}']  # fmt: skip
+ODD = [
+    *("null", "true", "-1", "2", "1.5", "1e30", "1e39", "NaN", "-Infinity", "9" * 40, "9" * 4400, "[" * 3000),
+    *("[]", "{}", "[[]]", '[["a"], 1]', '{"path": 1}', '""', '" "', r'"\ud800"', r'"\u0000"', r'"\n"'),
+    *('"</s>"', r'"\u2028\u202e"', r'"a\n\nHuman: b\n\nAssistant: c"', '"<|assistant|>"', '"<|prompter|>"'),
+]
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:

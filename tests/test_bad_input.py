@@ -47,6 +47,7 @@ REPLY = {"id": "a", "subset": "s", "prompt": PROMPT, "response": "So.", "referen
 KEY = {"sheet": "sheet-1", "models": ["a", "b"], "items": {"1": {"id": "a", "subset": "s", "left": "a"}}}
 ANSWERS = {"sheet": "sheet-1", "annotator": "Ann", "answers": {"1": "left"}}
 
+GZIPPED = "clha.py --model {model} --train_data {gz} --output_dir {out}"
 CLHA = "clha.py --model {model} --train_data {file} --output_dir {out} --batch_size 1"
 TRAIN = "reward.py train --model {model} --data {file} --out {out}"
 SCORE = "reward.py score --model {rm} --data {file} --out {out}"
@@ -57,7 +58,10 @@ TOY = "prepare_data.py toy --out {out}"
 EVALUATE = "evaluate.py --model {model} --data {file} --reward_model {rm} --out {out}"
 RESPONSES = "evaluate.py --responses {file} --data {file} --reward_model {rm} --out {out}"
 TALLY = "evaluate.py tally {sheet}/answers.json --key {sheet}/key.json"
-RESUME = "clha.py --model {stock}/model --train_data {stock}/data.jsonl --output_dir {run} --max_steps 3"
+RESUME = (
+    "clha.py --model {stock}/model --train_data {stock}/data.jsonl --output_dir {run} --batch_size 4 "
+    "--max_steps 3 --resume_anyway max_steps"
+)
 CONVERT = "checkpoint.py {run}/checkpoints/latest --out {out}"
 
 
@@ -75,7 +79,8 @@ def drop_weight(path: Path) -> None:
 
 def drop_bos(path: Path) -> None:
     """A LLaMA tokenizer whose tokenizer.json forgot BOS."""
-    LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}, merges=[("▁", "a")]).save_pretrained(path.parent)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")]).save_pretrained(path.parent)
 
 
 def drop_eos(path: Path) -> None:
@@ -83,21 +88,29 @@ def drop_eos(path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(path.parent)
 
 
-# What {name} in a command is: a copy of a folder that `stock` makes, with changes of its files. A file's change
-# is its new content, a number (its first bytes), a dict (changes of its JSON), None (it goes) or a function.
+OWN_CODE = {
+    "config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}},
+    "mine.py": "1 / 0",
+}
+PICKLE = {"model.safetensors": None, "pytorch_model.bin": pickle.dumps(print, 2)}
+RAW = json.dumps({name: f"\n\nHuman: How?\n\nAssistant: {name}" for name in ("chosen", "rejected")})
+
+# What {name} in a command is: a copy of a folder that `stock` makes, with changes of its files. A change is
+# new content, a number (its first bytes), a dict (changes of its JSON), None (the file goes) or a function.
 SPOILT: dict[str, tuple[str, dict[str, Any]]] = {
     "no_config": ("model", {"config.json": None}),
     "torn_config": ("model", {"config.json": 100}),
     "list_config": ("model", {"config.json": "[]"}),
     "other_type": ("model", {"config.json": {"model_type": "mine"}}),
     "a_text_as_size": ("model", {"config.json": {"hidden_size": "wide"}}),
-    "own_code": ("model", {"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.My"}}, "mine.py": "raise SystemExit(1)"}),
+    "own_code": ("model", OWN_CODE),
     "other_shape": ("model", {"config.json": {"hidden_size": 48, "head_dim": 12}}),
     "no_weights": ("model", {"model.safetensors": None}),
     "cut_weights": ("model", {"model.safetensors": 5000}),
     "empty_weights": ("model", {"model.safetensors": 0}),
     "missing_weight": ("model", {"model.safetensors": drop_weight}),
-    "pickle": ("model", {"model.safetensors": None, "pytorch_model.bin": pickle.dumps(print)}),
+    "pickle": ("model", PICKLE),
+    "few_tokens": ("model", {"config.json": {"vocab_size": 100}}),
     "no_tokenizer": ("model", {"tokenizer.json": None, "tokenizer_config.json": None}),
     "torn_tokenizer": ("model", {"tokenizer.json": 1000}),
     "other_tokenizer": ("model", {"tokenizer.json": '{"version": "9", "model": {"type": "X"}}'}),
@@ -107,56 +120,44 @@ SPOILT: dict[str, tuple[str, dict[str, Any]]] = {
     "no_head": ("model", {"config.json": {"num_labels": 1}}),
     "rm_two_outputs": ("rm", {"config.json": {"num_labels": 2}}),
     "rm_cut": ("rm", {"model.safetensors": 5000}),
-    "rm_pickle": ("rm", {"model.safetensors": None, "pytorch_model.bin": pickle.dumps(print)}),
-    "rm_no_weights": ("rm", {"model.safetensors": None}),
+    "rm_pickle": ("rm", PICKLE),
     "rm_missing_weight": ("rm", {"model.safetensors": drop_weight}),
-    "rm_own_code": ("rm", {"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.My"}}}),
-    "rm_torn_config": ("rm", {"config.json": 100}),
+    "rm_own_code": ("rm", OWN_CODE),
     "rm_torn_tokenizer": ("rm", {"tokenizer.json": 1000}),
+    "rm_chat": ("rm", {"chat_template.jinja": "{{ raise_exception('roles must alternate') }}"}),
+    "rm_torn_chat": ("rm", {"chat_template.jinja": "{% if %}"}),
     "rm_sentencepiece": ("rm", {"tokenizer.json": None, "tokenizer.model": "\n"}),
     "no_run": ("run", {"checkpoints/step-2/run.json": None}),
-    "torn_run": ("run", {"checkpoints/step-2/run.json": 100}),
-    "list_run": ("run", {"checkpoints/step-2/run.json": "[]"}),
     "empty_run": ("run", {"checkpoints/step-2/run.json": "{}"}),
+    "torn_run": ("run", {"checkpoints/step-2/run.json": 100}),
     "no_shard": ("run", {"checkpoints/step-2/*.safetensors": None}),
     "cut_shard": ("run", {"checkpoints/step-2/*.safetensors": 100000}),
     "model_gone": ("run", {"checkpoints/step-2/run.json": {"config": {"model": "gone"}}}),
     "finished": ("run", {"final/config.json": "{}"}),
     "raw_not_texts": ("empty", {"harmless-base/test.jsonl": '{"chosen": "So.", "rejected": 1}'}),
     "raw_torn": ("empty", {"harmless-base/test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}),
-    "raw_few": ("empty", {"harmless-base/test.jsonl": json.dumps({n: f"\n\nHuman: How?\n\nAssistant: {n}" for n in ("chosen", "rejected")})}),
+    "raw_few": ("empty", {"harmless-base/test.jsonl": RAW}),
     "release_folder": ("empty", {"train/a.json": "{}"}),
     "torn_scores": ("eval", {"scores.json": 50}),
     "list_scores": ("eval", {"scores.json": "[]"}),
     "no_total": ("eval", {"scores.json": '{"s": {}}'}),
-    "scores_of_texts": ("eval", {"scores.json": '{"Total": {"n": 1, "char_bleu": "high", "word_bleu": 1.0, "reward": 1.0}}'}),
-    "no_responses": ("eval", {"responses.jsonl": None}),
-    "no_reward": ("eval", {"responses.jsonl": json.dumps(REPLY | {"reward": None})}),
+    "scores_of_texts": ("eval", {"scores.json": {"Total": {"n": 1, "char_bleu": "high"}}}),
     "gold_of_text": ("eval", {"responses.jsonl": json.dumps(REPLY | {"gold": "high"})}),
-    "other_items": ("eval", {"responses.jsonl": json.dumps(REPLY | {"id": "b"})}),
     "torn_key": ("sheet", {"key.json": 50}),
     "key_of_one": ("sheet", {"key.json": {"models": ["a"]}}),
-    "key_of_numbers": ("sheet", {"key.json": {"models": [1, 2]}}),
     "key_without_left": ("sheet", {"key.json": {"items": {"1": {}}}}),
-    "key_of_lists": ("sheet", {"key.json": {"items": {"1": []}}}),
     "key_of_another_model": ("sheet", {"key.json": {"items": {"1": {"subset": "s", "left": "c"}}}}),
     "half_a_character": ("sheet", {"key.json": {"models": ["a", "\ud800"]}}),
     "deep_answers": ("sheet", {"answers.json": "[" * 100000}),
     "list_answers": ("sheet", {"answers.json": {"answers": ["left"]}}),
-    "both": ("sheet", {"answers.json": {"answers": {"1": "both"}}}),
     "an_answer_list": ("sheet", {"answers.json": {"answers": {"1": ["left"]}}}),
-    "item_9": ("sheet", {"answers.json": {"answers": {"9": "left"}}}),
-    "no_answers": ("sheet", {"answers.json": {"answers": {}}}),
-    "other_sheet": ("sheet", {"answers.json": {"sheet": "sheet-2"}}),
-    "csv_of_semicolons": ("sheet", {"answers.csv": "sheet;item;answer\nsheet-1;1;left\n"}),
-    "csv_latin_1": ("sheet", {"answers.csv": "sheet,item,answer\nsheet-1,1,\xe9".encode("latin-1")}),
+    "latin_1": ("sheet", {"answers.csv": "sheet,item,answer\nsheet-1,1,\xe9".encode("latin-1")}),
 }
 
 # (command, what {file} holds, what the line says)
 CASES = [
     # Files
     (CLHA, None, "data.jsonl: no such file"),
-    (SCORE, None, "data.jsonl: no such file"),
     (EVALUATE, None, "data.jsonl: no such file"),
     (CLHA, "", "data.jsonl: no records in it"),
     ("clha.py --model {model} --train_data {empty} --output_dir {out}", "", "empty: no such file"),
@@ -165,14 +166,16 @@ CASES = [
     (EVALUATE, "[]", "line 1: not a JSON object"),
     (CLHA, "\ufeff{}", "line 1: not JSON (Unexpected UTF-8 BOM"),
     (CLHA, b"\xff\xfe{\x00}\x00", "data.jsonl, after line 0: not readable as UTF-8"),
-    (CLHA.replace("{file}", "{gz}"), gzip.compress(b"{}" * 999)[:-9], "data.jsonl.gz, after line 0: not readable"),
-    (CLHA.replace("{file}", "{gz}"), gzip.compress(b"{}" * 999)[:15] + b"?" * 30, "data.jsonl.gz, after line 0: not"),
-    (CLHA.replace("{file}", "{gz}"), GOOD, "data.jsonl.gz, after line 0: not readable"),
+    (GZIPPED, gzip.compress(b"{}" * 999)[:-9], "data.jsonl.gz, after line 0: not readable"),
+    (GZIPPED, gzip.compress(b"{}" * 999)[:15] + b"?" * 30, "data.jsonl.gz, after line 0: not readable"),
+    (GZIPPED, GOOD, "data.jsonl.gz, after line 0: not readable as UTF-8 text (Not a gzipped file"),
     (SCORE, '{"prompt": ' + "[" * 100000, "data.jsonl, line 1: not JSON of a record"),
     (SCORE, '{"rewards": ' + "9" * 5000 + "}", "data.jsonl, line 1: not JSON of a record"),
     (SCORE, '{"prompt": "\\ud800"}', "data.jsonl, line 1: has half a character"),
     # Records
-    (SCORE, GOOD | {"prompt": "How?"}, 'line 1: "prompt" must be a list of {"role": one of system, user, assistant'),
+    (SCORE, GOOD | {"prompt": "How?"}, '"prompt" must be a list of {"role": one of system, user, assistant'),
+    (EVALUATE, GOOD | {"subset": ["a"]}, 'line 1: "subset" and "id" must be texts'),
+    (SCORE, GOOD | {"id": 5}, 'line 1: "subset" and "id" must be texts'),
     (SCORE, GOOD | {"prompt": []}, '"prompt" must be a list of'),
     (SCORE, GOOD | {"prompt": [{"role": "human", "content": "How?"}]}, '"prompt" must be a list of'),
     (SCORE, GOOD | {"prompt": [{"role": ["user"], "content": "How?"}]}, '"prompt" must be a list of'),
@@ -190,30 +193,31 @@ CASES = [
     (CLHA, UNSCORED, 'no "rewards" yet; `python reward.py score` adds them'),
     (CLHA + " --sft_target chosen", GOOD, 'no "chosen" yet'),
     (TRAIN, GOOD, 'no "chosen" yet'),
-    (TRAIN, GOOD | {"chosen": 2}, "\"chosen\" must be the index of a reply, 0 to 1, not '2'"),
-    (TRAIN, GOOD | {"chosen": -1}, '"chosen" must be the index of a reply, 0 to 1'),
+    (TRAIN, GOOD | {"chosen": 2}, "\"chosen\" must be the index of a reply, 0 to 1, not 2"),
     (TRAIN, GOOD | {"chosen": "0"}, '"chosen" must be the index of a reply, 0 to 1'),
     (TRAIN, GOOD | {"chosen": 1}, "too few records"),
     (CLHA + " --objective coh --no_rescore --ranking given", UNSCORED, 'no "rewards" yet'),
     (CLHA + " --dev_data {out}", GOOD, "out: no such file"),
     (AUGMENT + " --extra {file}", GOOD | {"id": "a"}, 'data.jsonl, line 1: needs "response"'),
-    (AUGMENT + " --extra {file}", GOOD, 'each record needs an "id" of its own'),
     (AUGMENT + " --extra {file}", [GOOD | {"id": "a"}] * 2, 'each record needs an "id" of its own'),
     (RESPONSES, GOOD, 'data.jsonl, line 1: needs "id"'),
     (RESPONSES, [GOOD | {"id": "a", "response": "So."}] * 2, "line 2: a second reply to a"),
     # HH-RLHF and the authors' files
     ("prepare_data.py hh --source nowhere --out {out}", "", "nowhere: no such folder, and not a hub name"),
     ("prepare_data.py hh --source {empty} --out {out}", "", "has none of HH-RLHF's files"),
-    (model(HH, "raw_not_texts"), "", "harmless-base/test, line 1: no texts chosen and rejected"),
+    (
+        model(HH, "raw_not_texts"),
+        "",
+        "raw_not_texts, harmless-base/test, line 1: no texts chosen and rejected",
+    ),
     (model(HH, "raw_torn"), "", "harmless-base/test.jsonl.gz, after line 0: not readable"),
     (model(HH, "raw_few"), "", "--dev_items 280: only 1 test queries to draw from"),
     ("prepare_data.py release --source {empty} --out {out}", "", "no such file, nor a folder"),
-    ("prepare_data.py release --source {release_folder} --out {out}", "", "line 1: not a row of this format"),
-    (RELEASE, {"prefix": 1}, "line 1: not a row of this format"),
+    ("prepare_data.py release --source {release_folder} --out {out}", "", "train/a.json, line 1: not a row"),
+    (RELEASE, {"prefix": 1}, "data.jsonl, line 1: not a row of this format"),
     (RELEASE, ROW | {"prefix": ["How?"]}, "not end in <|assistant|>"),
     (RELEASE, ROW | {"suffix": "So."}, '"suffix" is not a list of texts'),
-    (RELEASE, ROW | {"suffix": ["So.", 1]}, '"suffix" is not a list of texts'),
-    (RELEASE, ROW | {"reward": [1]}, '"rewards" must be a list of 2 numbers'),
+    (RELEASE, ROW | {"reward": [1]}, 'data.jsonl, line 1: "rewards" must be a list of 2 numbers'),
     (RELEASE, ROW | {"reward": [1, None], "meta": None}, '"rewards" must be finite numbers'),
     (RELEASE, ROW | {"sft_index": "0", "meta": []}, '"chosen" must be the index of a reply'),
     ("study.py real --out {out} --source {empty}", "", "no such file, nor a folder"),
@@ -221,32 +225,31 @@ CASES = [
     # Flags of clha.py
     ("clha.py --model {model}", "", "required: --train_data, --output_dir (see --help)"),
     (CLHA + " --temperature 1", GOOD, "unrecognized arguments: --temperature 1 (see --help)"),
-    (CLHA + " --reduction sum", GOOD, "invalid choice: 'sum'"),
     (CLHA + " --recipe paper", GOOD, "invalid choice: 'paper' (choose from"),
     (CLHA + " --objective ppo", GOOD, "invalid choice: 'ppo'"),
     (CLHA + " --margin wide", GOOD, "--margin: invalid float value: 'wide'"),
-    (CLHA + " --margin -1", GOOD, "--margin -1.0: must be 0 or more"),
-    (CLHA + " --learning_rate nan", GOOD, "--learning_rate nan: must be 0 or more, and less than inf"),
-    (CLHA + " --learning_rate inf", GOOD, "--learning_rate inf: must be 0 or more"),
-    (CLHA + " --learning_rate -1", GOOD, "--learning_rate -1.0: must be 0 or more"),
-    (CLHA + " --alpha nan", GOOD, "--alpha nan: must be 0 or more"),
+    (CLHA + " --margin -1", GOOD, "--margin -1.0: must be a finite number of 0"),
+    (CLHA + " --learning_rate nan", GOOD, "--learning_rate nan: must be a finite number of 0 or more"),
+    (CLHA + " --learning_rate inf", GOOD, "--learning_rate inf: must be a finite number"),
+    (CLHA + " --learning_rate -1", GOOD, "--learning_rate -1.0: must be a finite number"),
+    (CLHA + " --alpha nan", GOOD, "--alpha nan: must be a finite number"),
     (CLHA + " --seed -1", GOOD, "--seed -1: must be 0 or more"),
-    (CLHA + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than {2**32}"),
+    (CLHA + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than 2**32"),
     (CLHA + " --seed " + "9" * 5000, GOOD, "--seed: invalid int value"),
-    (CLHA + " --epochs -1", GOOD, "--epochs -1.0: must be 0 or more"),
+    (CLHA + " --epochs -1", GOOD, "--epochs -1.0: must be a finite number of 0"),
     (CLHA + " --epochs 0.1", GOOD, "--epochs 0.1: too few for a step"),
     (CLHA + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
     (CLHA + " --batch_size 2", GOOD, "--batch_size 2: must be 1 to 1 (queries)"),
     (CLHA + " --pack_tokens -5", GOOD, "--pack_tokens -5: must be 0 or more"),
     (CLHA + " --max_length 1", GOOD, "--max_length 1: must be 2 or more"),
     (CLHA + " --max_prompt_length 512", GOOD, "--max_prompt_length 512: must be less than --max_length"),
-    (CLHA + " --eval_every 0", GOOD, "--eval_every 0: must be 1 or more"),
     (CLHA + " --keep_checkpoints 0", GOOD, "--keep_checkpoints 0: must be 1 or more"),
     (CLHA + " --objective sft --margin 1", GOOD, "--objective sft: has no use for margin"),
     (CLHA + " --objective dpo --beta 0", GOOD, "--beta 0: must be above 0"),
     (CLHA + " --reward_model {rm}", GOOD, "--reward_model: needs --dev_data"),
-    (CLHA + " --output_dir {file}", GOOD, "data.jsonl: "),
-    (CLHA + " --output_dir {file}/x", GOOD, "data.jsonl"),
+    (CLHA + " --output_dir {file}", GOOD, "data.jsonl: is a file; it must be a folder"),
+    (CLHA + " --output_dir {file}/x", GOOD, "data.jsonl is a file; nothing can be put below it"),
+    (CLHA + " --learning_rate 1e300", GOOD, "--learning_rate 1e+300: must be a finite number of 0 or more"),
     # Flags of reward.py
     ("reward.py", "", "required: command"),
     (SCORE + " --what", GOOD, "unrecognized arguments: --what"),
@@ -254,15 +257,14 @@ CASES = [
     (SCORE + " --max_length 1", GOOD, "--max_length 1: must be 2 or more"),
     (SCORE + " --out {empty}", GOOD, "empty: is a folder; it must be a file"),
     (SCORE + " --out {file}/x.jsonl", GOOD, "data.jsonl is a file; nothing can be put below it"),
-    (SCORE + " --plot {out}/gaps.xyz", GOOD, "gaps.xyz: the name must end in one of eps"),
+    (SCORE + " --plot {out}/gaps.xyz", GOOD, "gaps.xyz: the name must end in one of "),
     (SCORE + " --plot {file}/gaps.png", GOOD, "data.jsonl is a file; nothing can be put below it"),
     (TRAIN + " --out {empty}", GOOD, "empty: exists already; choose another --out"),
     (TRAIN + " --out {file}/x", GOOD, "data.jsonl is a file; nothing can be put below it"),
     (TRAIN + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
-    (TRAIN + " --epochs -1", GOOD, "--epochs -1.0: must be 0 or more"),
-    (TRAIN + " --learning_rate nan", GOOD, "--learning_rate nan: must be 0 or more"),
-    (TRAIN + " --norm_penalty nan", GOOD, "--norm_penalty nan: must be 0 or more"),
-    (TRAIN + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than"),
+    (TRAIN + " --epochs -1", GOOD, "--epochs -1.0: must be a finite number of 0 or more"),
+    (TRAIN + " --norm_penalty nan", GOOD, "--norm_penalty nan: must be a finite number of 0 or more"),
+    (TRAIN + f" --seed {2**64}", GOOD, f"--seed {2**64}: must be 0 or more, and less than 2**32"),
     # Flags of prepare_data.py
     ("prepare_data.py", "", "required: command"),
     ("prepare_data.py csv", "", "invalid choice: 'csv'"),
@@ -274,13 +276,13 @@ CASES = [
     (TOY + " --length 1", "", "--length 1: must be 2 to 8 replies"),
     (TOY + " --length two", "", "invalid int value: 'two'"),
     (TOY + " --label_noise 20", "", "--label_noise 20.0: must be a share"),
-    (TOY + " --label_noise nan", "", "--label_noise nan: must be"),
+    (TOY + " --label_noise nan", "", "--label_noise nan: must be a finite number"),
     (TOY + " --queries 0", "", "--queries 0: must be 1 or more"),
     (AUGMENT, GOOD, "either --model, to sample replies, or --extra"),
     (AUGMENT + " --model {model} --extra {file}", GOOD, "either --model, to sample replies, or --extra"),
     (AUGMENT + " --model {model} --replies 0", GOOD, "--replies 0: must be 1 or more"),
     (AUGMENT + " --model {model} --temperature 0", GOOD, "--temperature 0.0: must be above 0"),
-    (AUGMENT + " --model {model} --temperature inf", GOOD, "--temperature inf: must be 0 or more"),
+    (AUGMENT + " --model {model} --temperature inf", GOOD, "--temperature inf: must be a finite number"),
     (AUGMENT + " --extra {file} --out {empty}", GOOD, "empty: exists already"),
     # Flags of evaluate.py, study.py and rlhf.py
     ("evaluate.py --model {model} --data {file}", GOOD, "required: --reward_model, --out"),
@@ -290,11 +292,11 @@ CASES = [
     (EVALUATE + " --max_prompt_length 0", GOOD, "--max_prompt_length 0: must be 2 or more"),
     (EVALUATE + " --model {model} {model}/", GOOD, "have one name"),
     (EVALUATE + " --out {file}", GOOD, "data.jsonl: is a file; it must be a folder"),
-    (EVALUATE + " --plot steps.xyz", GOOD, "--plot steps.xyz: the name must end in one of eps"),
-    (EVALUATE + " --plot {empty}", GOOD, "empty: the name must end in one of eps"),
+    (EVALUATE + " --plot steps.xyz", GOOD, "--plot steps.xyz: the name must end in one of "),
     (RESPONSES + " --model {model}", GOOD, "--model or --responses, not both"),
     ("study.py", "", "required: command"),
     ("study.py toy --seeds one", "", "invalid int value: 'one'"),
+    (f"study.py toy --out {{out}} --seeds {2**64}", "", "must be 0 or more, and less than 2**32"),
     ("study.py toy --out {out} --seeds 0 -1", "", "--seeds -1: must be 0 or more"),
     ("study.py toy --out {file}", "", "data.jsonl: is a file; it must be a folder"),
     ("study.py real --out {out}", "", "required: --source"),
@@ -314,54 +316,52 @@ CASES = [
     (CLHA + " --model {other_type}", GOOD, "other_type: can't be loaded"),
     (CLHA + " --model {a_text_as_size}", GOOD, "a_text_as_size: can't be loaded"),
     (CLHA + " --model {own_code}", GOOD, "own_code: needs code of its own, and no folder's code is run"),
-    (EVALUATE + " --model {own_code}", GOOD, "own_code: needs code of its own"),
     (CLHA + " --model {no_weights}", GOOD, "no_weights: can't be loaded"),
     (CLHA + " --model {cut_weights}", GOOD, "cut_weights: can't be loaded"),
     (EVALUATE + " --model {empty_weights}", GOOD, "empty_weights: can't be loaded"),
-    (CLHA + " --model {other_shape}", GOOD, "other_shape: can't be loaded"),
-    (CLHA + " --model {missing_weight}", GOOD, "missing_weight: has no weights for model.layers.0.mlp.up_proj"),
+    (CLHA + " --model {other_shape}", GOOD, "other_shape: its weights have other shapes than its config"),
+    (CLHA + " --model {missing_weight}", GOOD, "missing_weight: has no weights for model.layers.0.mlp"),
     (EVALUATE + " --model {missing_weight}", GOOD, "missing_weight: has no weights for model.layers.0.mlp"),
     (TRAIN + " --model {missing_weight}", GOOD | {"chosen": 0}, "not a whole language model"),
-    (CLHA + " --model {pickle}", GOOD, "pickle: can't be loaded"),
+    (CLHA + " --model {pickle}", GOOD, "pickle: its weights are a pickle that may hold code"),
     # Tokenizers
     (CLHA + " --model {no_eos}", GOOD, "no_eos: the tokenizer has no EOS token"),
     (CLHA + " --model {no_bos}", GOOD, "no_bos: the LLaMA tokenizer drops BOS"),
-    (CLHA + " --model {no_tokenizer}", GOOD, "no_tokenizer: "),
+    (CLHA + " --model {few_tokens}", GOOD, "few_tokens: the tokenizer has 768 tokens, the model 100"),
+    (CLHA + " --model {no_tokenizer}", GOOD, "no_tokenizer: can't be loaded"),
     (CLHA + " --model {torn_tokenizer}", GOOD, "torn_tokenizer: can't be loaded"),
     (EVALUATE + " --model {other_tokenizer}", GOOD, "other_tokenizer: can't be loaded"),
-    (CLHA + " --model {sentencepiece}", GOOD, "tokenizer.model alone gives wrong ids; it needs a tokenizer.json"),
+    (CLHA + " --model {sentencepiece}", GOOD, "tokenizer.model alone gives wrong ids"),
     # Reward models
     (SCORE + " --model {empty}", GOOD, "not a Hugging Face model folder"),
     (SCORE + " --model {model}", GOOD, "has 2 outputs; a reward model has one"),
-    (SCORE + " --model {no_head}", GOOD, "no_head: not a whole reward model, it has no weights for score.weight"),
-    (SCORE + " --model {rm_two_outputs}", GOOD, "rm_two_outputs: "),
+    (SCORE + " --model {no_head}", GOOD, "no_head: has no weights for score.weight"),
+    (SCORE + " --model {rm_two_outputs}", GOOD, "rm_two_outputs: its weights have other shapes"),
     (SCORE + " --model {rm_missing_weight}", GOOD, "no weights for model.layers.0.mlp.up_proj.weight"),
-    (SCORE + " --model {rm_no_weights}", GOOD, "rm_no_weights: can't be loaded"),
     (EVALUATE + " --reward_model {rm_cut}", GOOD, "rm_cut: can't be loaded"),
-    (EVALUATE + " --reward_model {rm_pickle}", GOOD, "rm_pickle: can't be loaded"),
+    (EVALUATE + " --reward_model {rm_pickle}", GOOD, "rm_pickle: its weights are a pickle"),
     (SCORE + " --model {rm_own_code}", GOOD, "rm_own_code: needs code of its own"),
-    (SCORE + " --model {rm_torn_config}", GOOD, "rm_torn_config: can't be loaded"),
     (SCORE + " --model {rm_torn_tokenizer}", GOOD, "rm_torn_tokenizer: can't be loaded"),
+    (SCORE + " --model {rm_chat}", GOOD, "rm_chat: its chat template takes no [{'role': 'user',"),
+    (SCORE + " --model {rm_torn_chat}", GOOD, "rm_torn_chat: its chat template takes no"),
     (SCORE + " --model {rm_sentencepiece}", GOOD, "tokenizer.model alone gives wrong ids"),
     (CLHA + " --dev_data {file} --reward_model {model}", GOOD, "has 2 outputs"),
     (CLHA + " --dev_data {file} --reward_model nowhere", GOOD, "nowhere: no such model folder"),
     # Checkpoints
     (CONVERT + " --out {empty}", "", "empty: exists already"),
     (CONVERT + " --what", "", "unrecognized arguments: --what"),
-    ("checkpoint.py {model} --out {out}", "", "model: not a checkpoint, run.json is not to be read"),
-    (model(CONVERT, "no_run"), "", "not a checkpoint, run.json is not to be read"),
-    (model(CONVERT, "torn_run"), "", "not a checkpoint, run.json is not to be read"),
-    (model(CONVERT, "list_run"), "", "run.json"),
-    (model(CONVERT, "empty_run"), "", "run.json"),
+    ("checkpoint.py {model} --out {out}", "", "model/run.json: not readable as JSON"),
+    (model(CONVERT, "no_run"), "", "run.json: not readable as JSON"),
+    (model(CONVERT, "torn_run"), "", "run.json: not readable as JSON"),
     (model(CONVERT, "model_gone"), "", "gone: no such model folder"),
     (model(CONVERT, "no_shard"), "", "a damaged checkpoint"),
     (model(CONVERT, "cut_shard"), "", "a damaged checkpoint"),
-    (RESUME + " --batch_size 1", "", "step-2: is of another configuration (batch_size 4 -> 1, max_steps 2 -> 3)"),
+    (RESUME + " --margin 1", "", "step-2: is of another configuration (margin 0.3 -> 1.0)"),
     (RESUME + " --resume never", "", "holds an unfinished run (step-2); --resume auto goes on with it"),
-    (model(RESUME, "torn_run"), "", "step-2: not a checkpoint, run.json is not to be read"),
-    (model(RESUME, "empty_run"), "", "run.json"),
-    (model(RESUME, "no_shard") + " --batch_size 4 --resume_anyway max_steps", "", "step-2: a damaged checkpoint"),
-    (model(RESUME, "cut_shard") + " --batch_size 4 --resume_anyway max_steps", "", "step-2: a damaged checkpoint"),
+    (model(RESUME, "empty_run"), "", "run.json: not the state of a checkpoint, with step, tokens"),
+    (model(RESUME, "torn_run"), "", "step-2/run.json: not readable as JSON"),
+    (model(RESUME, "no_shard"), "", "step-2: a damaged checkpoint"),
+    (model(RESUME, "cut_shard"), "", "step-2: a damaged checkpoint"),
     (model(RESUME, "finished"), "", "finished: holds a finished run (final/); choose another --output_dir"),
     # Evaluations and sheets
     ("evaluate.py table {empty}", "", "empty: no scores.json in it"),
@@ -370,35 +370,27 @@ CASES = [
     ("evaluate.py table {list_scores}", "", "scores.json: not the scores of an evaluation, with Total"),
     ("evaluate.py table --total {no_total}", "", "scores.json: not the scores of an evaluation, with Total"),
     ("evaluate.py table {scores_of_texts}", "", "scores.json: not the scores of an evaluation"),
-    ("evaluate.py sheets {eval} {no_responses} --out {out}", "", "no_responses: no responses.jsonl in it"),
-    ("evaluate.py sheets {eval} {other_items} --out {out}", "", "are of different items, such as a"),
-    ("evaluate.py sheets {eval} {eval} --out {out}", "", "two of these have one name"),
-    ("evaluate.py sheets {eval} {no_reward} --out {out}", "", "line 1: no reply of an evaluation"),
-    ("evaluate.py sheets {eval} {eval} --out {out} --items 0", "", "--items 0: must be 1 or more"),
-    ("evaluate.py sheets {eval} {eval} --out {file}/x", "", "data.jsonl is a file; nothing can be put below it"),
+    ("evaluate.py sheets {eval} {empty} --out {out}", "", "empty: no responses.jsonl in it"),
+    ("evaluate.py sheets {eval} {eval} --out {file}/x", "", "data.jsonl is a file; nothing can be put"),
     ("evaluate.py compare {eval} {gold_of_text} --out {out}", "", "line 1: no reply of an evaluation"),
-    ("evaluate.py compare {eval} --out {out}", "", "needs two folders or more"),
     ("evaluate.py compare {eval} {eval} --cases -1", "", "--cases -1: must be 0 or more"),
     (TALLY + " --out {empty}", "", "empty: exists already"),
-    (TALLY + " --plot {out}.xyz", "", "out.xyz: the name must end in one of eps"),
-    (TALLY + " --plot figure3", "", "--plot figure3: the name must end in one of eps"),
+    (TALLY + " --plot {out}.xyz", "", "out.xyz: the name must end in one of "),
+    (TALLY + " --plot figure3", "", "--plot figure3: the name must end in one of "),
     (TALLY + " --key {out}", "", "out: not readable as JSON"),
     (model(TALLY, "torn_key"), "", "key.json: not readable as JSON"),
     (model(TALLY, "key_of_one"), "", 'key.json: "models" must be the names of two models'),
-    (model(TALLY, "key_of_numbers"), "", 'key.json: "models" must be the names of two models'),
     (model(TALLY, "key_without_left"), "", 'key.json, item 1: needs "subset", a text, and "left"'),
-    (model(TALLY, "key_of_lists"), "", 'key.json, item 1: needs "subset"'),
     (model(TALLY, "key_of_another_model"), "", 'key.json, item 1: needs "subset"'),
     (model(TALLY, "half_a_character"), "", "key.json: not readable as JSON"),
     (model(TALLY, "deep_answers"), "", "answers.json: not readable as JSON"),
     (model(TALLY, "list_answers"), "", "answers.json: not a file of answers, with sheet, annotator, answers"),
-    (model(TALLY, "both"), "", "answers.json, item 1: 'both' is none of left, right, tie"),
     (model(TALLY, "an_answer_list"), "", "answers.json, item 1: ['left'] is none of left, right, tie"),
-    (model(TALLY, "item_9"), "", "answers.json: the sheet has no item 9"),
-    (model(TALLY, "no_answers"), "", "answers.json: no answers in them"),
-    (model(TALLY, "other_sheet"), "", "the answers are of sheet-2, the key is of sheet-1"),
-    ("evaluate.py tally {csv_of_semicolons}/answers.csv --key {sheet}/key.json", "", "the columns sheet, item, answer parted by commas"),
-    ("evaluate.py tally {csv_latin_1}/answers.csv --key {sheet}/key.json", "", "answers.csv: not readable as CSV in UTF-8"),
+    (
+        "evaluate.py tally {latin_1}/answers.csv --key {sheet}/key.json",
+        "",
+        "answers.csv: not readable as CSV",
+    ),
 ]
 
 
@@ -440,7 +432,8 @@ def spoil(path: Path, change: Any) -> None:
 
 def fill(command: str, content: Any, folder: Path, stock: Path) -> list[str]:
     """The words of a command, with its files made in a folder."""
-    paths = {"out": folder / "out", "file": folder / "data.jsonl", "gz": folder / "data.jsonl.gz", "stock": stock}
+    paths = {"out": folder / "out", "file": folder / "data.jsonl", "gz": folder / "data.jsonl.gz"}
+    paths["stock"] = stock
     for name in set(re.findall(r"{(\w+)}", command)) - paths.keys():
         base, changes = SPOILT.get(name, (name, {}))
         paths[name] = shutil.copytree(stock / base, folder / name, symlinks=True)
@@ -448,17 +441,15 @@ def fill(command: str, content: Any, folder: Path, stock: Path) -> list[str]:
             spoil(next(paths[name].glob(place), paths[name] / place), change)
     if content is not None:
         lines = content if isinstance(content, list) else [content] * bool(content)
-        text = b"".join(
-            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode() + b"\n"
-            for line in lines
-        )
+        lines = (line if isinstance(line, str | bytes) else json.dumps(line) for line in lines)
+        text = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
         paths["gz" if "{gz}" in command else "file"].write_bytes(text)
     return [word.format(**paths) for word in command.split()]
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    """All that is below a folder, and when it was written."""
-    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    """All that is below a folder but the lock of a run, and when it was written."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 
 
 @pytest.mark.parametrize(("command", "content", "message"), CASES, ids=range(len(CASES)))
@@ -533,7 +524,8 @@ def test_run_sh_checks_its_variables_before_any_work(
     given = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
     given |= dict([variable.format(**names).split("=")] if variable else [])
     words = ["bash", "run.sh", *command.split()]
-    result = subprocess.run(words, cwd=ROOT, env=os.environ | given, capture_output=True, text=True, timeout=60)
+    streams = {"capture_output": True, "text": True, "timeout": 60}
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | given, **streams)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("run.sh: ") and message in result.stderr
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
+from safetensors.torch import load_file
 from torch import Tensor
 
 import baselines
@@ -225,6 +226,8 @@ def test_each_objective_trains_with_clha_py(name: str, world: Path, scored: Path
     rows = run(world, scored, tmp_path / "out", objective=name, dev_data=str(scored), eval_every=3)
     assert (tmp_path / "out/final/model.safetensors").is_file() and len(rows) == 3
     assert rows[0]["grad_norm"] > 0 and math.isfinite(rows[-1]["eval/loss"])
+    before, after = (load_file(p / "model.safetensors") for p in (world / "init", tmp_path / "out/final"))
+    assert all((after[weight] != before[weight]).any() for weight in after)  # embeddings and norms too
     alpha = json.loads((tmp_path / "out/config.json").read_text())["alpha"]
     assert alpha == {"sft": 1, "rrhf": 1, "coh": 1, "dpo": 0, "pro": 0.05}[name]
     if name == "dpo":  # at the first step the model is its own reference

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 import clha
-from records import InputError, read_jsonl, read_records, write_jsonl
+from records import InputError, claim, read_jsonl, read_records, write_jsonl
 
 SMALL = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-3, "pack_tokens": 400}
 
@@ -123,10 +123,14 @@ def test_dropout_is_part_of_this_test(whole: Path, start: Path, data: Path, tmp_
     assert weights(tmp_path / "again") == weights(whole) != weights(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine", "warmup_steps": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lr_schedule": "cosine", "warmup_steps": 3}, {"eval_every": 1}, {"objective": "dpo"}]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(
     start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
+    if "eval_every" in settings:
+        settings["dev_data"] = str(data)
     clha.train(config(start, data, tmp_path / "whole", **settings))
     run = config(start, data, tmp_path / "run", **settings)
     for step in (3, 4, 9):
@@ -143,18 +147,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_two_processes_one_of_which_is_killed(start: Path, data: Path, tmp_path: Path) -> None:
-    # torchrun brings both back; then SIGTERM to torchrun; then the same command ends the run.
-    reference = launch(start, data, tmp_path / "whole", "--checkpoint_every", "2", processes=2)
-    assert reference.wait(120) == 0
-    out = tmp_path / "run"
-    process = launch(start, data, out, "--checkpoint_every", "2", processes=2, restarts=3)
+    # torchrun brings both back without help.
+    flags, out = ("--checkpoint_every", "2", "--max_steps", "60"), tmp_path / "run"
+    assert launch(start, data, tmp_path / "whole", *flags, processes=2).wait(120) == 0
+    process = launch(start, data, out, *flags, processes=2, restarts=3)
     wait_for_step(process, out, 3)
+    while not (out / "checkpoints" / "latest").exists():
+        time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "resume  from" in printed
-    assert weights(out) == weights(tmp_path / "whole") and steps(out) == list(range(1, 13))
+    assert weights(out) == weights(tmp_path / "whole") and steps(out) == list(range(1, 61))
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -376,3 +381,11 @@ def test_the_log_keeps_what_the_checkpoint_has(start: Path, data: Path, tmp_path
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 8, "lo')
     assert checkpoint.Log(tmp_path, config(start, data, tmp_path), 5).write(6, {"loss": torch.nan}) is None
     assert log(tmp_path) == [*rows[:5], {"step": 6, "loss": None}]
+
+
+def test_two_runs_do_not_share_a_folder(start: Path, data: Path, tmp_path: Path) -> None:
+    with claim(tmp_path), pytest.raises(InputError, match="another program is at work in it"):
+        clha.train(config(start, data, tmp_path))
+    dist.destroy_process_group()
+    clha.train(config(start, data, tmp_path, max_steps=2))
+    claim(tmp_path).close()

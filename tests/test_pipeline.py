@@ -81,30 +81,3 @@ def test_a_finished_stage_is_not_run_again(out: Path) -> None:
     assert result.returncode == 0
     assert result.stdout.count("== have") == 12 and "took" not in result.stdout
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "line"),
-    [
-        (
-            ["tidy"],
-            {},
-            "run.sh: tidy: no such command; there are setup, tiny, study, test, and none for all",
-        ),
-        (["tiny"], {"SCALE": "half"}, "run.sh: SCALE=half: must be a percentage of the steps"),
-        (
-            ["study"],
-            {"HH": "nowhere"},
-            "run.sh: HH=nowhere: no such folder; the study takes the authors' files",
-        ),
-        ([], {"NPROC": "0"}, "run.sh: NPROC=0: must be a number of processes"),
-    ],
-)
-def test_run_sh_refuses_what_it_does_not_know(
-    arguments: list[str], variables: dict[str, str], line: str
-) -> None:
-    settings = os.environ | {"PYTHON": sys.executable, **variables}
-    result = subprocess.run(
-        ["bash", "run.sh", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True
-    )
-    assert result.returncode == 2 and result.stderr.strip() == line and not result.stdout

@@ -8,7 +8,9 @@ import gzip
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ PROPERTY = settings(
 
 ODD = [
     *("</s>", "<s>", "<pad>", "<unk>", "<0x0A>", "<|assistant|>", "<|endoftext|>"),
-    *("Human:", "Assistant:", "\n\nHuman:", "\n\nAssistant:", "\n\n", " ", ":", "\\ud800"),
+    *("Human:", "Assistant:", "\n\nHuman:", "\n\nAssistant:", "\nHuman:", "\n", " ", ":", "\\ud800"),
     *("\r\n", "\u2028", "\x85", "\0", "\ufeff", "\u2581", "e\u0301", "\U0001f469\u200d\U0001f467"),
     "\u202e\u05e9\u05dc\u05d5\u05dd",  # right to left
 ]
@@ -90,7 +92,7 @@ def damaged_records(draw: st.DrawFn) -> Record:
     if draw(st.booleans()):
         del container[key]
     else:
-        container[key] = draw(JSON)
+        container[key] = draw(JSON | st.sampled_from([-1, 0, 2, True, "", " ", "2", [], {}]))
     return root[0]
 
 
@@ -132,7 +134,7 @@ def split_slowly(text: str) -> list[tuple[str, str]]:
 @PROPERTY
 @given(TEXT)
 @example(" \n\nHuman: \n\nHuman:a\n\nHuman:\n\nHuman: b\n\nAssistant:")
-@example("a\n\n\nHuman: Assistant: b\n\n\n\nAssistant:\n\nHuman: c")
+@example("a\n\n\nHuman: Assistant: b\n\n\n\nAssistant:\nHuman: c\n\nHuman:")
 def test_a_dialogue_is_split_where_a_turn_begins_and_nothing_is_lost(text: str) -> None:
     turns = prepare_data.split_dialogue(text)
     assert [(turn["role"], turn["content"]) for turn in turns] == split_slowly(text)
@@ -193,16 +195,23 @@ ROW = {
 @example("meta", {"path": 1})
 @example("suffix", ["So.", ["No."]])
 @example("suffix", "So")
-@example("prefix", ["lost", "<|assistant|>"])
-def test_a_tagged_row_of_another_form_is_named(tmp_path: Path, name: str, value: Any) -> None:
-    path = tmp_path / "helpful_base.json"
-    path.write_text(json.dumps(ROW | {name: value}))
+@example("prefix", ["lost", "<|prompter|>Hi", "<|assistant|>"])
+def test_a_tagged_row_of_another_form_is_named_or_loses_nothing(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    path, row = tmp_path / "helpful_base.json", ROW | {name: value}
+    path.write_text(json.dumps(row))
     try:
         splits, _ = prepare_data.collect(prepare_data.read_release(str(path)), prepare_data.release_record)
     except InputError as error:
-        assert "line 1: " in str(error)
-    else:
-        assert all(record["subset"] == "helpful-base" for record in splits["test"])
+        assert str(error).startswith(f"{path}, line 1: ")
+        return
+    for record in splits["test"]:
+        contents = [turn["content"] for turn in record["prompt"]] + record["responses"]
+        texts = (row["prefix"][0] if isinstance(row["prefix"][0], list) else row["prefix"]) + row["suffix"]
+        bare = re.sub(r"<\|(prompter|assistant|endoftext)\|>", "", "".join(texts))
+        assert "".join("".join(contents).split()) == "".join(bare.split())  # but for blanks
+        assert record["subset"] == "helpful-base"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,7 +281,9 @@ def test_any_bytes_are_records_or_an_error_of_one_line_with_the_name(tmp_path: P
 @PROPERTY
 @given(damaged_records(), st.sets(st.sampled_from(["rewards", "chosen"])))
 @example(GOOD | {"prompt": [{"role": [], "content": "x"}]}, set())
+@example(GOOD | {"chosen": -1}, set())
 @example(GOOD | {"rewards": [10**4000, 1]}, set())
+@example(GOOD | {"rewards": [3e38, -3e38]}, set())  # in float32 their gap is infinite
 def test_what_is_not_wrong_with_a_record_can_be_encoded(
     tmp_path: Path, model_and_tokenizer: Any, record: Record, need: set[str]
 ) -> None:
@@ -285,8 +296,10 @@ def test_what_is_not_wrong_with_a_record_can_be_encoded(
         assert wrong is None or str(error) == f"{path}, line 1: {' '.join(wrong.splitlines())}"
         return
     assert wrong is None and all(read.get(name) is not None for name in need)
+    assert all(map(str.strip, read["responses"]))
     encoded = clha.encode(read, model_and_tokenizer[1])
-    assert torch.isfinite(clha.reply_matrix([encoded])).all()
+    pairs, _ = clha.rescore(clha.reply_matrix([encoded]), None)
+    assert pairs.sum() == math.comb(len(read["responses"]), 2)
 
 
 @PROPERTY
@@ -313,7 +326,7 @@ def test_work_that_was_stopped_goes_on_at_a_whole_part(
             write_in_parts(folder / "out.jsonl", items, "s", stop, part, "")
         (left,) = folder.glob("out.jsonl.*.partial")
         torn = data.draw(st.integers(0, len(whole)))
-        left.write_bytes(whole[:torn])
+        left.write_bytes(whole[:torn] + b"\0" * data.draw(st.sampled_from([0, 5, 999])))  # as a power cut may
         asked.clear()
         write_in_parts(folder / "out.jsonl", items, "s", work, part, "")
         assert (folder / "out.jsonl").read_bytes() == whole
@@ -444,6 +457,7 @@ def test_a_pack_has_each_token_once_where_its_documentation_says(queries: list[c
 
 @PROPERTY
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 900), st.integers(1, 8))
+@example([7, 5, 4, 4], 10, 1)  # 20 tokens, but no deal of 10 and 10 by this rule: three packs
 def test_queries_are_dealt_once_evenly_and_within_the_limit(
     sizes: list[int], pack_tokens: int, processes: int
 ) -> None:
@@ -488,10 +502,10 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @st.composite
-def batches(draw: st.DrawFn, logp: st.SearchStrategy[float] = st.floats(-20, 0)) -> Losses:  # noqa: B008
+def batches(draw: st.DrawFn) -> Losses:
     """A batch in float64, of queries with two replies or more."""
     queries, width = draw(st.integers(1, 4)), draw(st.integers(2, 5))
-    rows = st.lists(logp, min_size=width, max_size=width)
+    rows = st.lists(st.floats(-20, 0), min_size=width, max_size=width)
     avg_logps = torch.tensor([draw(rows) for _ in range(queries)], dtype=torch.float64)
     lengths = torch.tensor([draw(st.integers(1, 9)) for _ in range(queries * width)]).view(queries, width)
     rewards, target = torch.full((queries, width), NAN, dtype=torch.float64), []
@@ -500,6 +514,26 @@ def batches(draw: st.DrawFn, logp: st.SearchStrategy[float] = st.floats(-20, 0))
         row[: len(scores)] = torch.tensor(scores).sort(descending=draw(st.booleans())).values
         target.append(draw(st.integers(0, len(scores) - 1)))
     return avg_logps, avg_logps * lengths, rewards, torch.tensor(target)
+
+
+@PROPERTY
+@given(batches(), GAP, st.integers(-4, 4))
+def test_rescoring_looks_at_the_size_of_gaps_alone(batch: Losses, gap: float | None, shift: int) -> None:
+    rewards, target = batch[2].float(), batch[3]
+    keep, gate = clha.rescore(rewards, gap, target)
+    for row, kept in zip(rewards.tolist(), keep, strict=True):
+        for (i, a), (j, b) in itertools.product(enumerate(row), repeat=2):
+            exist = i < j and not math.isnan(a + b)  # by exact numbers, not by float32's difference
+            assert kept[i, j] == (exist and (gap is None or abs(Fraction(a) - Fraction(b)) > gap))
+    imitated = [row[i] for row, i in zip(rewards.tolist(), target.tolist(), strict=True)]
+    assert gate.tolist() == [gap is None or reward > 0 for reward in imitated]
+    assert torch.equal(clha.rescore(-rewards, gap)[0], keep)
+    whole = rewards.clamp(-8, 8).round()  # to these, adding is exact
+    assert torch.equal(clha.rescore(whole + shift, gap)[0], clha.rescore(whole, gap)[0])
+    wider = clha.rescore(rewards, (gap or 0) + 0.5)[0]
+    assert not (wider & ~keep).any()
+    ties = torch.where(rewards.isnan(), NAN, rewards[:, :1])
+    assert gap is None or not clha.rescore(ties, gap)[0].any()
 
 
 def paper_loss(
@@ -537,6 +571,33 @@ def test_the_loss_is_the_papers_pair_by_pair(batch: Losses, options: dict[str, A
         strict=True,
     ):
         assert value.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 16), min_size=1, max_size=63), st.sampled_from([0.0, 0.25, 3.0]))
+@example([0] * 63, 3.0)
+def test_replies_that_lead_by_the_margin_have_no_loss(slack: list[int], margin: float) -> None:
+    steps = torch.tensor(slack, dtype=torch.float64) / 8 + margin  # p_i - p_{i+1}, exact
+    avg_logps = -torch.cat([steps.new_zeros(1), steps.cumsum(0)])[None]
+    rewards = -torch.arange(len(slack) + 1.0)[None]
+    options = {"margin": margin, "min_reward_gap": 0.5, "alpha": 0.0}
+    assert clha.clha_loss(avg_logps, avg_logps, rewards, **options)[0].item() == 0
+    avg_logps[0, -1] += slack[-1] / 8 + 0.125  # now the last one is too near to the one before it
+    assert clha.clha_loss(avg_logps, avg_logps, rewards, **options)[0].item() >= 0.125
+
+
+@PROPERTY
+@given(batches(), OPTIONS)
+def test_bfloat16_rounds_the_loss_by_few_of_its_bits(batch: Losses, options: dict[str, Any]) -> None:
+    """Within 2^-7, bfloat16's eps, of the sizes that are added up."""
+    avg_logps, sum_logps, rewards, _ = batch
+    low = avg_logps.bfloat16(), sum_logps.bfloat16()
+    loss, _ = clha.clha_loss(*low, rewards.float(), **options)
+    exact, _ = clha.clha_loss(*(values.float() for values in low), rewards.float(), **options)
+    span = rewards.shape[1] - 1
+    pairs = (span + 1) * span / 2 * (2 * avg_logps.abs().max() + options["margin"] * span)
+    size = options["contrast"] * pairs + options["alpha"] * sum_logps.abs().max()
+    assert abs(loss.item() - exact.item()) <= 2**-7 * size.item()
 
 
 @PROPERTY
