@@ -35,14 +35,7 @@ except ImportError:
 
     program.stop("needs atheris: pip install .[fuzz]")
 
-PROJECT = [
-    "records",
-    "program",
-    "prepare_data",
-    "people",
-    "evaluate",
-    "clha",
-]  # others aren't watched: faster
+PROJECT = ["records", "program", "prepare_data", "people", "evaluate", "clha"]  # no others: faster
 with atheris.instrument_imports(include=PROJECT):
     import clha
     import evaluate
@@ -126,6 +119,7 @@ def read(data: bytes, folder: Path) -> None:
     """Gives an input to its reader; raises what that must not raise."""
     name, reader, _ = READERS[data[0] % len(READERS)] if data else READERS[0]
     path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data[1:])
     with contextlib.suppress(InputError), contextlib.redirect_stdout(io.StringIO()):
         json.dumps(reader(path), ensure_ascii=False).encode()
@@ -174,13 +168,10 @@ def place(error: Exception) -> str:
 
 def fuzz(corpus: Path, seconds: int) -> None:
     """Fuzzes in this process, which libFuzzer ends."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    for name, _, _ in READERS:
-        (folder / name).parent.mkdir(exist_ok=True)
 
     def one(data: bytes) -> None:
         try:
-            read(data, folder)
+            read(data, corpus / "files")
         except Exception as error:
             path = corpus / "findings" / place(error)
             if not path.exists():
@@ -202,7 +193,9 @@ def report(corpus: Path, minutes: float) -> None:
     with (corpus / "log.txt").open("w+") as log:
         while (left := int(60 * minutes - time.monotonic() + start)) > 0:  # one that hangs is ended, and kept
             command = [sys.executable, __file__, "--corpus", str(corpus), "--seconds", str(left)]
-            subprocess.run(command, stdout=log, stderr=log, check=False)
+            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            if code in (1, 2):  # not libFuzzer's for a finding
+                raise InputError(f"{corpus}/log.txt: says why nothing could be fuzzed")
         log.seek(0)
         text = log.read()
     inputs = sum(map(int, re.findall(r"number_of_executed_units:\s*(\d+)", text)))
@@ -223,8 +216,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.replay:
         with tempfile.TemporaryDirectory() as folder:
-            for name, _, _ in READERS:
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
             read(args.replay.read_bytes(), Path(folder))
     elif args.seconds:
         fuzz(args.corpus, args.seconds)

@@ -39,7 +39,7 @@ NAN = float("nan")
 PROPERTY = settings(
     derandomize=True,
     deadline=None,
-    max_examples=100,
+    max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -282,6 +282,7 @@ def test_any_bytes_are_records_or_an_error_of_one_line_with_the_name(tmp_path: P
 @given(damaged_records(), st.sets(st.sampled_from(["rewards", "chosen"])))
 @example(GOOD | {"prompt": [{"role": [], "content": "x"}]}, set())
 @example(GOOD | {"chosen": -1}, set())
+@example(GOOD | {"responses": ["So.", "\u2003"]}, set())
 @example(GOOD | {"rewards": [10**4000, 1]}, set())
 @example(GOOD | {"rewards": [3e38, -3e38]}, set())  # in float32 their gap is infinite
 def test_what_is_not_wrong_with_a_record_can_be_encoded(
