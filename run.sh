@@ -14,6 +14,7 @@
 #     HH=Anthropic/hh-rlhf         the data: the hub, a folder of raw HH-RLHF, or of the authors' data.zip
 #     RM_TRAIN=..., RM_EVAL=...    the reward models (default: Open-Assistant's, as in the paper)
 #     NPROC=8                      processes, one a GPU
+#     RESTARTS=3                   how often torchrun brings them back when one has died
 #     RECIPE=release               or default: clha.py's own margin and reward gap
 #     OUT=out/hh                   where everything goes; a stage whose output is there is skipped
 #     TRAIN_FLAGS=, EVAL_FLAGS=    more flags for clha.py and evaluate.py, such as "--max_steps 20"
@@ -128,15 +129,17 @@ tests() {
 }
 
 full() {
-    MODEL=${MODEL:-huggyllama/llama-7b} HH=${HH:-Anthropic/hh-rlhf} OUT=${OUT:-out/hh} NPROC=${NPROC:-8}
+    MODEL=${MODEL:-huggyllama/llama-7b} HH=${HH:-Anthropic/hh-rlhf} OUT=${OUT:-out/hh}
+    NPROC=${NPROC:-8} RESTARTS=${RESTARTS:-3} RECIPE=${RECIPE:-release}
     RM_TRAIN=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5}
-    RM_EVAL=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1} RECIPE=${RECIPE:-release}
+    RM_EVAL=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1}
     need NPROC '[1-9][0-9]*' "a number of processes"
+    need RESTARTS '[0-9]+' "a number, 0 or more"
     need RECIPE 'release|default' "release or default"
     need_model MODEL HH RM_TRAIN RM_EVAL
     setup
     need_out
-    local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+    local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" --max_restarts "$RESTARTS")
     local out=$OUT data=$OUT/data hh=$HH part format=hh
     # Raw HH-RLHF has a folder for each subset; the authors' data.zip has not.
     [ -d "$hh" ] && ! compgen -G "$hh/*-base" > /dev/null && format=release

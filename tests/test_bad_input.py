@@ -494,6 +494,7 @@ RUN_SH = [
     ("", "tidy", "tidy: no such command; there are setup, tiny, study, test, and none for all"),
     ("NPROC=x", "", "NPROC=x: must be a number of processes"),
     ("NPROC=0", "", "NPROC=0: must be"),
+    ("RESTARTS=-1", "", "RESTARTS=-1: must be a number, 0 or more"),
     ("RECIPE=paper", "", "RECIPE=paper: must be release or default"),
     ("MODEL=llama", "", "MODEL=llama: must be a folder, or a hub name like owner/name"),
     ("MODEL=./no/where", "", "MODEL=./no/where: must be a folder"),
