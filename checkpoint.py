@@ -3,10 +3,11 @@
 `clha.py` makes one `Run` and calls it in its loop; what a run promises:
 
 - OUTPUT/checkpoints/step-N holds all that the next step depends on: the shards of the weights and of AdamW's
-  state (safetensors, written by every process), and run.json: step, schedule, configuration, versions. A
-  folder is there whole or not at all. `latest` and `best` are links to two of them.
+  state (safetensors, written by every process), and run.json: step, configuration, versions. A
+  folder is there whole or not at all. `latest` is a link to the newest, `best` to the one with the best
+  evaluation of --dev_data. Several machines need a file system that they share.
 - The same command goes on from the newest one: with as many processes to the same bits, with another number
-  to the same numbers up to rounding. Another configuration is refused unless it is named.
+  to the same numbers up to rounding (but for dropout). Another configuration is refused unless it is named.
 - SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint.
 
 A checkpoint as a Hugging Face folder:
@@ -25,6 +26,7 @@ import shutil
 import signal
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import program
 from records import InputError, claim, new_folder
 
-# What may differ between a run and its continuation without being named: it changes no weight.
+# What may differ between a run and its continuation without being named: no step depends on it.
 FREE = {
     "output_dir", "resume", "resume_anyway", "checkpoint_every", "keep_checkpoints", "on_save_error",
     "max_bad_steps", "save_every", "eval_every", "dev_data", "reward_model",
@@ -87,7 +89,8 @@ class Run:
         self.output = Path(config.output_dir)
         self.folder = self.output / "checkpoints"
         self.step = self.tokens = self.skipped = self.bad_in_a_row = self.saved = self.signal = 0
-        self.best: list[float] = []  # step and score of the best evaluation
+        self.best: list[float] = []  # step and score of the best evaluation that is saved
+        self.best_before = self.best  # and what it was before the last save
         with open(config.train_data, "rb") as file:
             self.data = hashlib.file_digest(file, "sha256").hexdigest()
         self.lock = claim(self.output) if self.rank == 0 else None
@@ -140,12 +143,17 @@ class Run:
                 torch.cuda.set_rng_state(value, self.device)
             else:
                 torch.set_rng_state(value)
-        self.scheduler.load_state_dict(saved["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self.scheduler.last_epoch = saved["step"] - 1  # it counts steps; this sets the rate of the next one
+        self.scheduler.step()
         self.step = self.saved = saved["step"]
-        self.tokens, self.skipped, self.best = saved["tokens"], saved["skipped"], saved["best"]
+        self.tokens, self.skipped = saved["tokens"], saved["skipped"]
+        judges = ("dev_data", "reward_model")
+        if all(saved["config"][name] == getattr(self.config, name) for name in judges):  # or no comparison
+            self.best = self.best_before = saved["best"]
         if self.rank == 0:
+            self.link("latest", path)  # it may have been killed before it did so
+            if self.best and self.best[0] == self.step:
+                self.link("best", path)
             print(f"resume  from {path}, {self.step:,} steps done", flush=True)
 
     def refuse_other_configuration(self, path: Path, saved: dict[str, Any]) -> None:
@@ -160,8 +168,8 @@ class Run:
                 f"{path}: is of another configuration ({', '.join(texts)}); choose another --output_dir, or "
                 f"go on with --resume_anyway {','.join(differ)}"
             )
-        if self.rank == 0 and saved["versions"] != versions():
-            print(f"resume  versions {saved['versions']} -> {versions()}: last bits may differ")
+        if self.rank == 0 and saved.get("versions") != versions():
+            print(f"resume  versions {saved.get('versions')} -> {versions()}: last bits may differ")
 
     # In the loop
 
@@ -170,7 +178,10 @@ class Run:
         self.signal = number
 
     def skip(self, step: int, loss: float, norm: float, examples: list[Any]) -> None:
-        """Passes over a step whose loss or gradient is not finite; names the queries. Stops at too many."""
+        """Passes over a step whose loss or gradient is not finite, and ends the run after too many in a row.
+
+        Another forward pass tells which queries have log-probs that are not finite.
+        """
         import baselines
 
         self.skipped += 1
@@ -183,7 +194,7 @@ class Run:
             shown = ", ".join(map(str, named[:5])) + ", ..." * (len(named) > 5)
             line = f"step {step}: skipped: loss {loss:g}, gradient norm {norm:g}; {where} {shown}"
             print(line, file=sys.stderr)
-            with (self.output / "skipped.jsonl").open("a") as file:
+            with suppress(OSError), (self.output / "skipped.jsonl").open("a") as file:  # it is printed too
                 print(json.dumps({"step": step, "queries": named}), file=file)
         if self.bad_in_a_row >= self.config.max_bad_steps:
             self.wait()
@@ -208,39 +219,34 @@ class Run:
         if failed:
             self.complain(error)
         score = metrics.get("eval/reward", -metrics["eval/loss"] if "eval/loss" in metrics else -math.inf)
-        if best := score > (self.best[1] if self.best else -math.inf):
-            self.best = [step, score]
-        every = self.config.checkpoint_every
-        if best or (number and not last) or (every and step % every == 0):
-            self.save()
+        best = score > (self.best[1] if self.best else -math.inf)
+        due = self.config.checkpoint_every and step % self.config.checkpoint_every == 0
+        if number or (not self.bad_in_a_row and (best or due)):
+            self.save([step, score] if best and not self.bad_in_a_row else self.best)
         if number or last:
             self.wait()
-            self.close()
         if number and not last:
-            self.stop(signal.Signals(number))
-
-    def stop(self, number: signal.Signals) -> None:
-        """Ends the program after a signal, as if the signal had ended it."""
-        if self.rank == 0:
-            newest = newest_checkpoint(self.folder)
-            print(f"{number.name}: stopped after step {self.step}, {newest} has it; the same command goes on")
-        raise SystemExit(128 + number)
+            self.close()
+            if self.rank == 0:
+                newest, name = newest_checkpoint(self.folder) or "the start", signal.Signals(number).name
+                print(f"{name}: stopped after step {step}; the same command goes on from {newest}")
+            raise SystemExit(128 + number)  # as if the signal had ended it
 
     # Saving
 
-    def save(self) -> None:
+    def save(self, best: list[float]) -> None:
         """Copies the state, and starts to write it in the background; training can go on at once."""
-        if self.saved == self.step or self.bad_in_a_row or not self.optimizer.state:
+        if self.saved == self.step or not self.optimizer.state:  # as before the first step
             return
         self.wait()
-        self.saved = self.step
+        self.saved, self.best_before, self.best = self.step, self.best, best
         partial = self.folder / f"step-{self.step}.partial"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         info = {
             "step": self.step, "tokens": self.tokens, "skipped": self.skipped, "best": self.best,
-            "scheduler": self.scheduler.state_dict(), "config": asdict(self.config), "data": self.data,
-            "processes": dist.get_world_size(), "versions": versions(),
+            "config": asdict(self.config), "data": self.data, "processes": dist.get_world_size(),
+            "versions": versions(),
         }  # fmt: skip
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         state = tensors(self.model, self.optimizer) | random_state(self.device)
@@ -289,7 +295,7 @@ class Run:
         """Says that something could not be written; ends the run if that is wanted."""
         if self.pending:
             self.pending.exception()  # waits for the thread
-        self.pending, self.saved = None, 0
+        self.pending, self.saved, self.best = None, 0, self.best_before
         text = f"step {self.step}: can't save: {reason(error)}; the newest checkpoint is " + str(
             newest_checkpoint(self.folder)
         )
@@ -307,33 +313,45 @@ class Log:
         """Starts them anew, or keeps what they have of the first `step` steps."""
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        path, partial = output / "metrics.jsonl", output / "metrics.jsonl.partial"
-        lines = path.read_bytes().splitlines(keepends=True) if step and path.exists() else []
-        whole = (line for line in lines if line.endswith(b"\n"))  # what was done after the checkpoint goes
-        partial.write_bytes(b"".join(line for line in whole if json.loads(line).get("step", 0) <= step))
-        partial.replace(path)
-        self.file = path.open("ab", buffering=0)
+        for path in (output / "metrics.jsonl", output / "skipped.jsonl"):
+            if path.exists():
+                lines = path.read_bytes().splitlines(keepends=True)
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(b"".join(line for line in lines if step_of(line) <= step))
+                partial.replace(path)
+        self.file = (output / "metrics.jsonl").open("ab", buffering=0)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(output / "tensorboard", purge_step=step + 1 if step else None)
+            self.board = SummaryWriter(output / "tensorboard", purge_step=step + 1)
         except ImportError:
             self.board = None
 
     def write(self, step: int, metrics: dict[str, float]) -> OSError | None:
         """Writes a line; gives the error if it can't. JSON has no number for what is not finite: null."""
-        end = self.file.tell()
+        end = self.file.seek(0, os.SEEK_END)
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         try:
             line = json.dumps({"step": step, **row}).encode() + b"\n"
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for name, value in metrics.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
         except OSError as error:
             self.file.truncate(end)
             return error
+        try:
+            for name, value in metrics.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+        except OSError:  # its thread is dead; metrics.jsonl has all that it would have
+            self.board = None
         return None
+
+
+def step_of(line: bytes) -> float:
+    """The step of a line of the log; of a line that is torn, more than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,13 +379,13 @@ def reason(error: BaseException | None) -> str:
     """The last line of an error; of one that several processes met, that of the first."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[-1] if error else "see the first process"
+    return (str(error).strip() or repr(error)).splitlines()[-1] if error else "see the first process"
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """run.json of a checkpoint. Raises InputError if the folder is none."""
-    need = {"step": int, "tokens": int, "config": dict, "data": str, "scheduler": dict, "versions": dict}
-    return program.read_json(path / "run.json", need, "the state of a checkpoint")
+    need = {"step": int, "tokens": int, "skipped": int, "best": list, "config": dict, "data": str}
+    return program.read_json(path / "run.json", need | {"processes": int}, "the state of a checkpoint")
 
 
 def read_tensors(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -378,7 +396,7 @@ def read_tensors(state: dict[str, torch.Tensor], path: Path) -> None:
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{path}: a damaged checkpoint ({reason(error)}); without this folder, the one before it serves"
+            f"{path}: a damaged checkpoint ({reason(error)}); without it, the one before serves"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

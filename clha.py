@@ -107,11 +107,11 @@ class Config:
     reward_model: str = option("", "folder or hub name: also reward the greedy replies to --dev_data")
     save_every: int = option(0, "steps between two model folders step-N (release: 600); 0: only final/")
     # Safety (checkpoint.py)
-    checkpoint_every: int = option(100, "steps between two checkpoints to go on from; 0: only if stopped")
-    keep_checkpoints: int = option(2, "the newest ones, and the best by dev reward (dev loss without one)")
+    checkpoint_every: int = option(100, "steps between two checkpoints; 0: only the best, and when stopped")
+    keep_checkpoints: int = option(2, "the newest, and the best by dev reward, or by dev loss")
     resume: Literal["auto", "never"] = option("auto", "go on from the newest checkpoint in --output_dir")
-    resume_anyway: str = option("", "settings that may differ from the checkpoint's: margin,epochs")
-    on_save_error: Literal["stop", "go_on"] = option("stop", "what a full disk does to the run")
+    resume_anyway: str = option("", "what may differ from the checkpoint: margin,epochs")
+    on_save_error: Literal["stop", "go_on"] = option("stop", "if a checkpoint or the log can't be written")
     max_bad_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite")
     deterministic: bool = option(False, "only operations that repeat their bits on a GPU: slower")
 
@@ -575,6 +575,8 @@ def train(config: Config) -> None:
     schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
     run = checkpoint.Run(config, model, optimizer, scheduler)  # where another one stopped, or at step 0
+    if run.step > len(order):
+        raise InputError(f"{output}: has done {run.step} steps already, more than the {len(order)} wanted")
     if rank == 0:
         print(program.describe(model, examples, len(order), config), flush=True)
 
@@ -604,6 +606,7 @@ def train(config: Config) -> None:
             save_model(model, tokenizer, output / f"step-{step}", dtype)
         run.end_step(step, metrics, last=step == len(order))  # logs, saves, and stops after a signal
     save_model(model, tokenizer, output / "final", dtype)
+    run.close()
     if rank == 0:
         print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
 

@@ -1,6 +1,7 @@
 """What every program here does around its work: flags, errors in one line, and loading with care."""
 
 import argparse
+import ctypes
 import errno
 import json
 import os
@@ -113,6 +114,8 @@ def rendezvous() -> dict[str, Any]:
     get = os.environ.get
     if "RANK" not in os.environ:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, save and end
     if get("TORCHELASTIC_USE_AGENT_STORE") != "True" or get("LOCAL_WORLD_SIZE") != get("WORLD_SIZE"):
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -145,11 +145,16 @@ def claim(folder: Path) -> IO[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
+    lock(file, folder)
+    return file
+
+
+def lock(file: IO[Any], what: Path) -> None:
+    """Locks an open file until it is closed. Raises InputError if another program has done so."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{folder}: another program is at work in it") from None
-    return file
+        raise InputError(f"{what}: another program is at work in it; end that one, or wait") from None
 
 
 def gather(mine: list[Any], total: int) -> list[Any]:
@@ -183,19 +188,21 @@ def write_in_parts(
     for item in items:
         key.update(json.dumps(item).encode())
     partial_path = out.with_name(f"{out.name}.{key.hexdigest()[:8]}.partial")
-    lines: list[bytes] = []
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lines = partial_path.read_bytes().split(b"\n")[:-1] if partial_path.exists() else []  # no torn line
-    count = [len(lines)]
-    if processes > 1:
-        dist.broadcast_object_list(count)
-    done = min(count[0], len(items)) // part * part  # each part is random, if at all, by its start
-    bar = tqdm(total=len(items), initial=done, desc=desc, disable=None if rank == 0 else True)
-    with partial_path.open("r+b" if lines else "wb") if rank == 0 else nullcontext() as file:
+    with partial_path.open("a+b") if rank == 0 else nullcontext() as file:
+        lines: list[bytes] = []
         if file:
-            file.seek(sum(len(line) + 1 for line in lines[:done]))
-            file.truncate()
+            lock(file, partial_path)
+            file.seek(0)
+            lines = file.read().split(b"\n")[:-1]  # without a torn one
+        count = [len(lines)]
+        if processes > 1:
+            dist.broadcast_object_list(count)
+        done = min(count[0], len(items)) // part * part  # each part is random, if at all, by its start
+        if file:
+            file.truncate(sum(len(line) + 1 for line in lines[:done]))
+        bar = tqdm(total=len(items), initial=done, desc=desc, disable=None if rank == 0 else True)
         for start in range(done, len(items), part):
             chunk = items[start : start + part]
             rows = gather(work(chunk[rank::processes], start), len(chunk))

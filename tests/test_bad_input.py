@@ -193,7 +193,7 @@ CASES = [
     (CLHA, UNSCORED, 'no "rewards" yet; `python reward.py score` adds them'),
     (CLHA + " --sft_target chosen", GOOD, 'no "chosen" yet'),
     (TRAIN, GOOD, 'no "chosen" yet'),
-    (TRAIN, GOOD | {"chosen": 2}, "\"chosen\" must be the index of a reply, 0 to 1, not 2"),
+    (TRAIN, GOOD | {"chosen": 2}, '"chosen" must be the index of a reply, 0 to 1, not 2'),
     (TRAIN, GOOD | {"chosen": "0"}, '"chosen" must be the index of a reply, 0 to 1'),
     (TRAIN, GOOD | {"chosen": 1}, "too few records"),
     (CLHA + " --objective coh --no_rescore --ranking given", UNSCORED, 'no "rewards" yet'),

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,27 @@ def test_two_processes_one_of_which_is_killed(start: Path, data: Path, tmp_path:
     assert weights(out) == weights(tmp_path / "whole") and steps(out) == list(range(1, 61))
 
 
+def test_torchrun_is_killed_and_its_processes_save(
+    start: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    flags = ("--max_steps", "200", "--checkpoint_every", "0")
+    process = launch(start, data, tmp_path, *flags, processes=2)
+    wait_for_step(process, tmp_path, 3)
+    process.kill()
+    process.wait()
+    for _ in range(600):
+        if (tmp_path / "checkpoints" / "latest").exists():
+            break
+        time.sleep(0.05)
+    newest = int((tmp_path / "checkpoints" / "latest").resolve().name[5:])
+    assert 3 <= newest < 200 and steps(tmp_path) == list(range(1, newest + 1))
+    for _ in range(200):  # and then nobody is at work any more
+        with suppress(InputError):
+            return claim(tmp_path).close()
+        time.sleep(0.05)
+    raise AssertionError("its processes live on")
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_to_the_same_numbers(
     world: Path, data: Path, tmp_path: Path, before: int, after: int
@@ -191,7 +214,7 @@ def test_a_signal_in_the_real_program_leaves_a_checkpoint_and_says_so(
     printed, errors = process.communicate(timeout=60)
     if process.returncode:  # it may have been at its last step
         assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors
-        assert "SIGINT: stopped after step" in printed and "the same command goes on" in printed
+        assert "SIGINT: stopped after step" in printed and "the same command goes on from" in printed
         assert launch(start, data, tmp_path / "run").wait(60) == 0
     assert weights(tmp_path / "run") == weights(whole)
 
@@ -366,9 +389,7 @@ def test_a_damaged_checkpoint_is_named(
     newest = tmp_path / "checkpoints" / "step-5"
     shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(
-        InputError, match=r"step-5: a damaged checkpoint .*; without this folder, the one before"
-    ):
+    with pytest.raises(InputError, match=r"step-5: a damaged checkpoint .*; without it, the one before"):
         clha.train(config(start, data, tmp_path, checkpoint_every=2))
     shutil.rmtree(newest)
     clha.train(config(start, data, tmp_path, checkpoint_every=2))
@@ -389,3 +410,63 @@ def test_two_runs_do_not_share_a_folder(start: Path, data: Path, tmp_path: Path)
     dist.destroy_process_group()
     clha.train(config(start, data, tmp_path, max_steps=2))
     claim(tmp_path).close()
+
+
+def test_a_log_on_a_full_disk_stays_whole(start: Path, data: Path, tmp_path: Path) -> None:
+    # A limit on the size of files is a disk that is full in the middle of a line.
+    log_file = checkpoint.Log(tmp_path, config(start, data, tmp_path), 0)
+    log_file.board = None
+    assert log_file.write(1, {"loss": 1.0}) is None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len((tmp_path / "metrics.jsonl").read_bytes()) + 9, limits[1]))
+    try:
+        assert log_file.write(2, {"loss": 1.0}) and log_file.write(3, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log_file.write(4, {"loss": 1.0}) is None
+    assert steps(tmp_path) == [1, 4]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_another_learning_rate_is_taken(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    whole, run = (tmp_path / name for name in ("whole", "run"))
+    clha.train(config(start, data, whole, lr_schedule=schedule, learning_rate=5e-4))
+    interrupted_run(start, data, run, monkeypatch, lr_schedule=schedule)
+    more = {"lr_schedule": schedule, "learning_rate": 5e-4, "resume_anyway": "learning_rate"}
+    clha.train(config(start, data, run, **more))
+    rates = [[row["learning_rate"] for row in log(out)] for out in (run, whole)]
+    assert rates[0][5:] == pytest.approx(rates[1][5:]) and rates[0][4] == pytest.approx(2 * rates[1][4])
+
+
+def test_fewer_steps_than_are_done_are_refused(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_run(start, data, tmp_path, monkeypatch)
+    with pytest.raises(InputError, match="has done 5 steps already, more than the 4 wanted"):
+        clha.train(config(start, data, tmp_path, max_steps=4, resume_anyway="max_steps"))
+
+
+def test_the_best_is_one_that_is_saved(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second evaluation is the best, but its save fails; the third is better than the first.
+    scores, run_batch = iter([3.0, 1.0, 2.0, 2.5]), clha.run_batch
+
+    def scored(*arguments: Any, train: bool) -> dict[str, float]:
+        metrics = run_batch(*arguments, train=train)
+        return metrics if train else metrics | {"loss": next(scores)}
+
+    end_step = checkpoint.Run.end_step
+
+    def in_the_way(self: checkpoint.Run, step: int, *arguments: Any, **more: Any) -> None:
+        if step == 4:
+            (tmp_path / "checkpoints" / "step-4.partial").write_text("a file where a folder is to be")
+        end_step(self, step, *arguments, **more)
+
+    monkeypatch.setattr(clha, "run_batch", scored)
+    monkeypatch.setattr(checkpoint.Run, "end_step", in_the_way)
+    more = {"max_steps": 8, "dev_data": str(data), "eval_every": 2, "on_save_error": "go_on"}
+    clha.train(config(start, data, tmp_path, **more, keep_checkpoints=1))
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-6"

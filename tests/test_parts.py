@@ -15,7 +15,7 @@ import evaluate
 import prepare_data
 import records
 import reward
-from records import read_jsonl, read_records, write_in_parts, write_jsonl
+from records import InputError, read_jsonl, read_records, write_in_parts, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +149,15 @@ def test_what_one_process_began_two_finish(
     ours, theirs = (read_records(tmp_path / f"{name}.jsonl") for name in ("out", "whole"))
     assert ours[:256] == theirs[:256] and len(ours) == len(theirs) == 300
     assert ours[256::2] != theirs[256::2] and all(len(record["responses"]) > 1 for record in ours)
+
+
+def test_two_programs_do_not_write_the_same_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def work(share: list[Any], _: int) -> list[Any]:
+        with pytest.raises(InputError, match=r"out\.jsonl\.\w+\.partial: another program is at work in it"):
+            write_in_parts(out, [{"n": 1}], [], work, 1, "second")
+        return share
+
+    write_in_parts(out, [{"n": 1}], [], work, 1, "first")
+    assert [row["n"] for _, row in read_jsonl(out)] == [1]

@@ -378,6 +378,14 @@ class Browser:
         """The value of an expression of the page."""
         return self.call("/execute/sync", script=f"return {script}", args=[])
 
+    def shows(self, script: str, value: Any) -> bool:
+        """Whether an expression of the page comes to have a value within some seconds."""
+        for _ in range(100):
+            if self.ask(script) == value:
+                return True
+            time.sleep(0.1)
+        raise AssertionError(f"{script} is {self.ask(script)!r}, not {value!r}")
+
     def saved(self, name: str) -> Path:
         """A file that was downloaded, once it is there."""
         for _ in range(100):
@@ -415,9 +423,10 @@ def test_a_person_judges_a_sheet_in_a_browser(
     count = "document.getElementById('count').textContent"
 
     browser.call("/url", url=url)
+    assert browser.shows("document.activeElement.id", "name")
     browser.press(LEFT)  # while a name is asked for, keys judge nothing
     browser.press(*"Ann B.", ENTER)
-    assert browser.ask(count) == "0 of 6 judged"
+    assert browser.shows(count, "0 of 6 judged")
     side = "left" if key["items"]["1"]["left"] == "clha" else "right"
     assert browser.ask(f"document.querySelector('#{side} p').textContent") == HOSTILE
     assert browser.ask("document.title") == "Which reply is better?"
@@ -425,13 +434,14 @@ def test_a_person_judges_a_sheet_in_a_browser(
     assert browser.ask("document.querySelectorAll('.turn').length") == 3
 
     browser.press(LEFT, RIGHT, DOWN, "t", LEFT)  # faster than the page moves on: none is lost
-    assert browser.ask(count) == "5 of 6 judged"
+    assert browser.shows(count, "5 of 6 judged")
     browser.press(UP, BACKSPACE)  # back from the sixth over the fifth to the fourth, a tie ...
-    assert browser.ask("document.querySelector('.chosen').id") == "tie"
+    assert browser.shows("document.querySelector('.chosen')?.id", "tie")
     browser.press(RIGHT)  # ... which now becomes "right"
     browser.call("/refresh")
+    assert browser.shows("document.activeElement.id", "name")
     browser.press(ENTER)  # the name is remembered, and so is the progress
-    assert browser.ask(count) == "5 of 6 judged"
+    assert browser.shows(count, "5 of 6 judged")
     browser.press("n")
     assert "1 of 6 are skipped" in browser.ask("document.getElementById('end').innerText")
     browser.ask("document.getElementById('save').click()")
@@ -451,4 +461,4 @@ def test_a_person_judges_a_sheet_in_a_browser(
     browser.call("/refresh")  # another annotator in the same browser begins anew
     browser.ask("document.getElementById('name').select()")
     browser.press(*"Bob", ENTER)
-    assert browser.ask(count) == "0 of 6 judged"
+    assert browser.shows(count, "0 of 6 judged")
