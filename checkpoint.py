@@ -3,9 +3,9 @@
 `clha.py` makes one `Run` and calls it in its loop; what a run promises:
 
 - OUTPUT/checkpoints/step-N holds all that the next step depends on: the shards of the weights and of AdamW's
-  state (safetensors, written by every process), and run.json: step, configuration, versions. A
-  folder is there whole or not at all. `latest` is a link to the newest, `best` to the one with the best
-  evaluation of --dev_data. Several machines need a file system that they share.
+  state (safetensors, written by every process), and run.json: step, configuration, versions. A folder is
+  there whole or not at all. `latest` is a link to the newest, `best` to the one with the best evaluation of
+  --dev_data. Several machines need a file system that they share.
 - The same command goes on from the newest one: with as many processes to the same bits, with another number
   to the same numbers up to rounding (but for dropout). Another configuration is refused unless it is named.
 - SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint.
@@ -222,7 +222,7 @@ class Run:
         best = score > (self.best[1] if self.best else -math.inf)
         due = self.config.checkpoint_every and step % self.config.checkpoint_every == 0
         if number or (not self.bad_in_a_row and (best or due)):
-            self.save([step, score] if best and not self.bad_in_a_row else self.best)
+            self.save([step, score] if best and not self.bad_in_a_row else [])
         if number or last:
             self.wait()
         if number and not last:
@@ -235,11 +235,14 @@ class Run:
     # Saving
 
     def save(self, best: list[float]) -> None:
-        """Copies the state, and starts to write it in the background; training can go on at once."""
+        """Copies the state, and starts to write it in the background; training can go on at once.
+
+        `best` is the step and its score, if that is the best so far.
+        """
         if self.saved == self.step or not self.optimizer.state:  # as before the first step
             return
         self.wait()
-        self.saved, self.best_before, self.best = self.step, self.best, best
+        self.saved, self.best_before, self.best = self.step, self.best, best or self.best
         partial = self.folder / f"step-{self.step}.partial"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
