@@ -124,15 +124,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Records
+# 2. Records: `read_records` of records.py reads and checks them; this is the text that a prompt stands for
 
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Tokens
 
 def render(prompt: list[dict[str, str]]) -> str:
     """The text of a dialogue as HH-RLHF has it, up to the reply: "\\n\\nHuman: ...\\n\\nAssistant:"."""
     return "".join(f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in prompt) + "\n\nAssistant:"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Tokens
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:

@@ -68,7 +68,8 @@ def generate(
     """
     prefix = f" {baselines.GOOD}" if hindsight else ""
     stop_strings = (*STOP_STRINGS, baselines.GOOD, baselines.BAD) if hindsight else STOP_STRINGS
-    rows = tokenizer([clha.render(prompt) + prefix for prompt in prompts]).input_ids if prompts else []
+    texts = [clha.render(prompt) + prefix for prompt in prompts]
+    rows = tokenizer(texts, split_special_tokens=True).input_ids if prompts else []  # as in training
     ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
