@@ -43,6 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import checkpoint
+import fast
 import program
 from program import load_tokenizer, loading
 from records import ROLES, InputError, Record, new_folder, read_records
@@ -277,10 +278,16 @@ def forward_pack(model: PreTrainedModel, batch: Batch, **kwargs: Any) -> Any:
 def sequence_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each reply, EOS included, and its length in tokens: (B, l), (B, l).
 
-    The LM head runs on the M positions that predict a reply's token, not on all N.
+    The LM head runs on the M positions that predict a reply's token, not on all N; and if their logits would
+    be too many to hold, in chunks (fast.py).
     """
-    logits = forward_pack(model, batch, logits_to_keep=batch["predict_at"]).logits[0]  # (M, V)
-    token_logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")  # (M,)
+    predict_at, targets, rows = batch["predict_at"], batch["targets"], fast.rows_at_a_time(model)
+    if rows is None or len(targets) <= rows:
+        logits = forward_pack(model, batch, logits_to_keep=predict_at).logits[0]  # (M, V)
+        token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (M,)
+    else:
+        with fast.head_gives_logps(model, targets, rows):
+            token_logps = forward_pack(model, batch, logits_to_keep=predict_at).logits[0]  # (M,)
     lengths = batch["lengths"]
     sum_logps = token_logps.new_zeros(lengths.numel()).index_add(0, batch["reply"], token_logps)
     return sum_logps.view_as(lengths), lengths
