@@ -412,8 +412,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder step-N, or the link latest or best")
     parser.add_argument("--out", type=Path, required=True, help="gets a Hugging Face folder")
     args = parser.parse_args()
-    if args.out.exists():
-        raise InputError(f"{args.out}: exists already; choose another --out")
+    program.check_out(args.out, "new")
     source = read_run(args.checkpoint)["config"]["model"]
     tokenizer = program.load_tokenizer(source)
     with program.loading(source):

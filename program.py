@@ -166,10 +166,8 @@ def describe(model: PreTrainedModel, examples: list[Any], steps: int, config: An
     target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
     rewards = clha.reply_matrix(examples)
     keep, gate = clha.rescore(rewards, config.min_reward_gap if config.rescore else None, target)
-    kept, cut = (
-        keep.sum() / clha.rescore(rewards, None)[0].sum(),
-        sum(e["cut"] > 0 for e in examples) / queries,
-    )
+    kept = keep.sum() / clha.rescore(rewards, None)[0].sum()
+    cut = sum(example["cut"] > 0 for example in examples) / queries
     of_clha = f", margin {config.margin:g}, reduction {config.reduction}" * (config.objective == "clha")
     return (
         f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "

@@ -223,10 +223,8 @@ def reward_gaps(records: list[Record]) -> Tensor:
 
 def summary(records: list[Record]) -> str:
     """Rewards and reward gaps as a few lines of Markdown: what `min_reward_gap` would keep."""
-    rewards, gaps = (
-        torch.tensor([float(r) for record in records for r in record["rewards"]]),
-        reward_gaps(records),
-    )
+    rewards = torch.tensor([float(r) for record in records for r in record["rewards"]])
+    gaps = reward_gaps(records)
     above = sum(max(record["rewards"]) > 0 for record in records) / len(records)
     agree = sum(record["rewards"][record.get("chosen", 0)] == max(record["rewards"]) for record in records)
     thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)

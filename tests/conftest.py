@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import toy
 
@@ -15,6 +17,14 @@ SHARED = ROOT.parent / "shared"  # reference values and real data; not part of t
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start: two of them share two cores
+
+
+@pytest.fixture(autouse=True)
+def leave_the_group() -> Iterator[None]:
+    """Ends the process group that `clha.train` makes in this process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,6 @@ import clha
 from records import InputError, claim, read_jsonl, read_records, write_jsonl
 
 SMALL = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-3, "pack_tokens": 400}
-
-
-@pytest.fixture(autouse=True)
-def leave_the_group() -> Iterator[None]:
-    """Ends the process group that `clha.train` makes in this process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

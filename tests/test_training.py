@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ import reward
 from program import load_tokenizer
 from program import run as run_program
 from records import InputError, read_records, write_jsonl
-
-
-@pytest.fixture(autouse=True)
-def leave_the_group() -> Iterator[None]:
-    """Ends the process group that `clha.train` makes in this process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
