@@ -20,7 +20,7 @@ left is the ranking term.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,28 +138,27 @@ def hindsight(record: Record) -> Record:
     return record | {"responses": texts, "rewards": [max(rewards)] * 2, "chosen": 0}
 
 
-def prepare(records: list[Record], config: clha.Config) -> list[Record]:
-    """The records as --objective needs them. Raises InputError for a flag that it does not read."""
+def check_flags(config: clha.Config) -> None:
+    """Raises InputError for a flag that --objective does not read."""
     others = NOT_SHARED - {*OPTIONS.get(config.objective, ())}
     unread = sorted(name for name in others if getattr(config, name) != getattr(clha.Config, name))
     if unread:
         raise InputError(f"--objective {config.objective}: has no use for {', '.join(unread)}")
     if config.objective == "dpo" and config.beta <= 0:
         raise InputError(f"--beta {config.beta:g}: must be above 0")
-    return [hindsight(record) for record in records] if config.objective == "coh" else records
 
 
-def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> Callable[..., Any]:
+def make_loss(config: clha.Config, model: Any, data: list[Any], fill_to: int = 0) -> Callable[..., Any]:
     """The loss of --objective in the form in which `clha.run_batch` calls it.
 
     For DPO the untrained `model` is asked first for its log-probs of all examples (its frozen self), which
-    the examples keep as "reference_logps".
+    the `Examples` of `data` keep as "reference_logps".
     """
     settings = {name: getattr(config, name) for name in OPTIONS.get(config.objective, ())}
     objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
     if config.objective == "dpo":
-        for example, logps in zip(examples, all_logps(model, examples, config.pack_tokens), strict=True):
-            example["reference_logps"] = logps
+        for examples in filter(len, data):
+            examples.more["reference_logps"] = all_logps(model, examples, config.pack_tokens, fill_to)
 
     def loss_fn(
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, counts: Tensor, target: None, **more: Tensor
@@ -173,14 +172,16 @@ def make_loss(config: clha.Config, model: Any, examples: list[clha.Example]) -> 
 
 
 @torch.no_grad()
-def all_logps(model: Any, examples: list[clha.Example], pack_tokens: int) -> list[list[float]]:
+def all_logps(
+    model: Any, examples: Sequence[clha.Example], pack_tokens: int, fill_to: int = 0
+) -> list[list[float]]:
     """The summed log-probs of each example's replies under `model` as it is now; all processes share them."""
     model.eval()  # without dropout
     rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     found: dict[int, list[float]] = {}
-    shares = clha.deal([clha.size(example) for example in examples], pack_tokens, processes)[rank::processes]
-    for part in tqdm(shares, desc="log-probs", disable=None if rank == 0 else True):
-        batch = clha.pack([examples[i] for i in part or [0]], device)  # without any, only keep step
+    shares = clha.deal([clha.size(example) for example in examples], fill_to or pack_tokens, processes)
+    for part in tqdm(shares[rank::processes], desc="log-probs", disable=None if rank == 0 else True):
+        batch = clha.pack([examples[i] for i in part or [0]], device, fill_to)  # without any, only keep step
         rows = clha.sequence_logps(model, batch)[0].tolist()
         found |= {i: row[: len(examples[i]["response_ids"])] for i, row in zip(part, rows, strict=False)}
     everywhere: list[Any] = [found] * processes

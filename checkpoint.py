@@ -38,8 +38,12 @@ import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import program
 from records import InputError, claim, new_folder
@@ -47,7 +51,8 @@ from records import InputError, claim, new_folder
 # What may differ between a run and its continuation without being named: no step depends on it.
 FREE = {
     "output_dir", "resume", "resume_anyway", "checkpoint_every", "keep_checkpoints", "on_save_error",
-    "max_bad_steps", "save_every", "eval_every", "dev_data", "reward_model",
+    "max_bad_steps", "save_every", "eval_every", "dev_data", "reward_model", "attention", "compile",
+    "activation_checkpointing", "replicate", "token_cache",
 }  # fmt: skip
 
 
@@ -307,6 +312,24 @@ class Run:
             raise InputError(f"{text}. Once there is room the same command goes on from there")
         if self.rank == 0:
             print(f"{text}; going on", file=sys.stderr)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype
+) -> None:
+    """Gathers the shards into a Hugging Face folder, in the dtype of the computation; whole or not at all."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        tied = plain.all_tied_weights_keys  # they stand in the file once, under their other name
+        weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
+        shutil.rmtree(path, ignore_errors=True)  # step-N, of a run that was stopped after it
+        with new_folder(path) as folder:
+            plain.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+    dist.barrier()
 
 
 class Log:

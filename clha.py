@@ -20,8 +20,6 @@ A record is one JSON line: {"prompt": [{"role": "user", "content": "..."}], "res
 """
 
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -36,17 +34,21 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import BlockMask
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import checkpoint
 import fast
 import program
-from program import load_tokenizer, loading
-from records import ROLES, InputError, Record, new_folder, read_records
+from checkpoint import Run, save_model
+from program import init_process, load_tokenizer, loading
+from records import ROLES, InputError, Record
+from tokens import load_examples, token_ids
 
 Example = dict[str, Any]  # one query as token ids: what `encode` returns
 Batch = dict[str, Any]  # some queries in one row: what `pack` returns
@@ -101,8 +103,15 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on a GPU")
-    activation_checkpointing: bool = option(True, "all activations are kept: faster, more memory")
     seed: int = option(42, "of the data order, which does not depend on the number of processes")
+    # Speed and memory (fast.py); none of these changes a number by more than rounding
+    activation_checkpointing: Literal["full", "selective", "none"] = option(
+        "full", "selective: matrix products are kept, the rest is made again; none: faster, most memory")
+    attention: Literal["auto", "flex", "sdpa"] = option(
+        "auto", "flex: one kernel for a pack of fixed length; sdpa: query by query; auto: flex on a GPU")
+    compile: bool = option(False, "compile each layer: faster on a GPU, after a first minute")
+    replicate: int = option(1, "whole copies of the sharded model, such as one a machine (HSDP)")
+    token_cache: str = option("", "folder of tokenised data, for runs to share; else tokens/ of the output")
     # Watching
     eval_every: int = option(100, "steps between two evaluations of --dev_data")
     reward_model: str = option("", "folder or hub name: also reward the greedy replies to --dev_data")
@@ -144,32 +153,37 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
     return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[len(ids) - limit :]
 
 
+def texts(record: Record) -> list[str]:
+    """What is tokenised: the prompt, and the prompt with each reply."""
+    prompt = render(record["prompt"])
+    return [prompt, *(f"{prompt} {reply}" for reply in record["responses"])]
+
+
 def encode(
     record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, max_prompt_length: int = 384,
-    ranking: str = "reward",
+    ranking: str = "reward", ids: list[list[int]] | None = None,
 ) -> Example:
     """A record as token ids, its replies ordered by reward, best first (as in the file if there are none).
 
     Gives `prompt_ids`, `response_ids` (a list a reply), their `rewards` or None, where the `chosen` one now
     is, the record's `id`, and `cut`: how many of prompt and replies were cut. EOS ends each uncut reply.
-    Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges over
-    the start of a reply, the reply's log-probability is ill-defined.
+    `ids` are those of `texts(record)`, where they are there already. Raises InputError if the prompt's ids
+    are not a prefix of the whole text's: where a tokenizer merges over the start of a reply, the reply's
+    log-probability is ill-defined.
     """
-    text, rewards = render(record["prompt"]), record.get("rewards")
-    replies = (f"{text} {reply}" for reply in record["responses"])
-    # "</s>" in a text is four characters, not the end of a reply.
-    full_prompt, *texts = tokenizer([text, *replies], split_special_tokens=True).input_ids
+    full_prompt, *replies = ids or token_ids(tokenizer, texts(record))
+    rewards = record.get("rewards")
     prompt_ids = cut_prompt(full_prompt, max_prompt_length, tokenizer.bos_token_id)
     room, cut, response_ids = max_length - len(prompt_ids), int(prompt_ids != full_prompt), []
-    order = list(range(len(texts)))
+    order = list(range(len(replies)))
     if rewards is not None and ranking == "reward":
         order.sort(key=lambda i: -rewards[i])  # stable: equal rewards stay in the file's order
     for i in order:
-        if texts[i][: len(full_prompt)] != full_prompt:
+        if replies[i][: len(full_prompt)] != full_prompt:
             raise InputError(f"record {record.get('id')}: the tokenizer merges over the start of reply {i}")
-        ids = [*texts[i][len(full_prompt) :], tokenizer.eos_token_id]
-        response_ids.append(ids[:room])
-        cut += len(ids) > room
+        reply = [*replies[i][len(full_prompt) :], tokenizer.eos_token_id]
+        response_ids.append(reply[:room])
+        cut += len(reply) > room
     return {
         "prompt_ids": prompt_ids,
         "response_ids": response_ids,
@@ -197,27 +211,35 @@ def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
+def size(example: Example) -> int:
+    """Tokens that a query takes in a pack."""
+    return len(example["prompt_ids"]) + sum(map(len, example["response_ids"]))
+
+
 MORE = {"reference_logps"}  # what an example may have for its objective beside rewards, a number a reply
 
 
-def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
+def pack(examples: list[Example], device: str | torch.device = "cpu", fill_to: int = 0) -> Batch:
     """B queries of at most l replies as one row of N tokens; M of them belong to replies.
 
     input_ids, position_ids (1, N); targets (M,) the tokens of the replies, predict_at (M,) the positions that
     predict them, reply (M,) the reply b * l + i they belong to; lengths (B, l), 0 where a query has fewer
     replies; last (B, l) the positions of the replies' last tokens; rewards (B, l) as in `reply_matrix`, and
-    in `more` what else the objective needs, by name; chosen (B,); masks, a list of bool (n, n) for the n
-    tokens of each query: may the row see the column?
+    in `more` what else the objective needs, by name; chosen (B,). For attention: sizes, the tokens of each
+    query; start (N,) where the query of a token begins; owner (N,) which of its replies it is of, -1: the
+    prompt. With `fill_to`, N is made a multiple of it by a query that counts nowhere (fast.py).
     """
     width = max(len(example["response_ids"]) for example in examples)
-    ids, positions, targets, predict_at, reply, masks = [], [], [], [], [], []
+    ids, positions, targets, predict_at, reply, owner, start = [], [], [], [], [], [], []
     lengths, last = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(2))
+    sizes = [size(example) for example in examples]
     for b, example in enumerate(examples):
         prompt = example["prompt_ids"]
         end = len(ids) + len(prompt)
-        owner = [-1] * len(prompt)  # the reply of each token; -1: the prompt
         ids += prompt
         positions += range(len(prompt))
+        owner += [-1] * len(prompt)
+        start += [len(start)] * sizes[b]
         for i, response in enumerate(example["response_ids"]):
             predict_at += [end - 1, *range(len(ids), len(ids) + len(response) - 1)]
             targets += response
@@ -226,29 +248,41 @@ def pack(examples: list[Example], device: str | torch.device = "cpu") -> Batch:
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
             lengths[b, i], last[b, i] = len(response), len(ids) - 1
-        owners = torch.tensor(owner, device=device)
-        masks.append(((owners == -1) | (owners == owners[:, None])).tril())
+    if fill_to and (filling := -len(ids) % fill_to):
+        ids, owner, sizes = ids + ids[:1] * filling, owner + [-1] * filling, [*sizes, filling]
+        positions, start = [*positions, *range(filling)], start + [len(start)] * filling
     tensor = partial(torch.tensor, device=device)
     return {
         "input_ids": tensor([ids]), "position_ids": tensor([positions]), "targets": tensor(targets),
         "predict_at": tensor(predict_at), "reply": tensor(reply), "lengths": lengths.to(device),
-        "last": last.to(device), "rewards": reply_matrix(examples).to(device), "masks": masks,
+        "last": last.to(device), "rewards": reply_matrix(examples).to(device), "sizes": sizes,
+        "start": tensor(start), "owner": tensor(owner), "fill_to": fill_to,
         "chosen": tensor([example["chosen"] for example in examples]),
         "more": {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()},
     }
 
 
+def query_masks(batch: Batch) -> list[Tensor]:
+    """Of each query of a pack a bool (n, n) for its n tokens: may the row see the column?"""
+    owners = batch["owner"].split(batch["sizes"])
+    return [((owner == -1) | (owner == owner[:, None])).tril() for owner in owners]
+
+
 def shared_prefix_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    masks: list[Tensor] | None = None, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, None]:
+    masks: list[Tensor] | BlockMask | None = None, scaling: float | None = None, dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention in a pack, query by query, as strangers never meet: (1, heads, N, d) -> (1, N, heads, d).
 
-    Without `masks` it is transformers' own, so that the same model can also generate.
+    With a BlockMask one kernel does the same. Without `masks` it is transformers' own, so that the same model
+    can also generate.
     """
     if masks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if isinstance(masks, BlockMask):
+        return flex_attention_forward(module, query, key, value, masks, scaling=scaling, dropout=dropout)
     sizes, window = [len(mask) for mask in masks], kwargs.get("sliding_window") or math.inf
     if kwargs.get("softcap") or window < max(sizes):
         raise InputError(f"{type(module).__name__}: packs have no soft-capped or sliding-window attention")
@@ -269,10 +303,11 @@ def forward_pack(model: PreTrainedModel, batch: Batch, **kwargs: Any) -> Any:
     """A forward pass of a Hugging Face decoder over a pack; gives the decoder's output."""
     if model.config._attn_implementation != "shared_prefix":
         model.set_attn_implementation("shared_prefix")
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "masks")}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    masks = fast.block_mask(batch) if batch["fill_to"] else query_masks(batch)
     # A mask of four dimensions keeps transformers from making one of its own; ours are in `masks`.
     unused = inputs["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
-    return model(**inputs, attention_mask=unused, use_cache=False, **kwargs)
+    return model(**inputs, attention_mask=unused, masks=masks, use_cache=False, **kwargs)
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -387,22 +422,39 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The model: read once, sharded over the processes (FSDP2), saved as a plain Hugging Face folder
+# 6. The model: sharded over the processes (FSDP2), read once (and saved by `save_model` of checkpoint.py)
 
 
-def init_process() -> tuple[int, int, torch.device]:
-    """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **program.rendezvous())
-    return dist.get_rank(), dist.get_world_size(), device
+def build_model(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, checkpointing: str = "full",
+    compile: bool = False, replicate: int = 1,
+) -> PreTrainedModel:
+    """A causal LM with fp32 weights, sharded over all processes, that computes in `dtype`; without values.
+
+    With `replicate` above 1 there are so many whole copies of it, each sharded over its part of the processes
+    (HSDP): of several machines, each can have one, so that only gradients go from machine to machine.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    fast.wrap_layers(layers, checkpointing, compile)
+    shape = (replicate, dist.get_world_size() // replicate)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")) if replicate > 1 else None
+    # Gradients are reduced in fp32: in bf16, the mean over many processes can round small ones to zero.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    for layer in layers:
+        shard(layer)
+    # The rest in one unit: embedding and LM head may share weights. It too is sharded again after a forward:
+    # where no backward pass follows, the optimizer and checkpoints would see the gathered copy of it.
+    shard(model, reshard_after_forward=True)
+    model.to_empty(device=device)
+    model.tie_weights()
+    return model.train()
 
 
-def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
-    """A causal LM with fp32 weights, sharded over all processes, that computes in `dtype`.
+def load_model(path: str, device: torch.device, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
+    """The model of a folder or hub name, as `build_model` makes it.
 
     Rank 0 reads the weights; the others are built without memory and get their shards from it.
     """
@@ -411,68 +463,19 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype, checkpointin
         with loading(path):
             full, info = AutoModelForCausalLM.from_pretrained(path, **settings)
         program.refuse_missing(path, info)
-    with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if checkpointing:  # the method has another name since transformers 5.2x
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    # Gradients are reduced in fp32: in bf16, the mean over many processes can round small ones to zero.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:  # the decoder's layers
-            fully_shard(module, mp_policy=policy)
-    # The rest in one unit: embedding and LM head may share weights. It too is sharded again after a forward:
-    # where no backward pass follows, the optimizer and checkpoints would see the gathered copy of it.
-    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
-    model.to_empty(device=device)
-    model.tie_weights()
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model = build_model(config, device, dtype, **how)
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(model, full.state_dict() if rank_0 else {}, options=options)
     for name, buffer in model.named_buffers():  # rotary frequencies: in no state dict, garbage until now
         if rank_0:
             buffer.copy_(full.get_buffer(name))
         dist.broadcast(buffer, src=0)
-    return model.train()
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype
-) -> None:
-    """Gathers the shards into a Hugging Face folder, in the dtype of the computation; whole or not at all."""
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp.get_model_state_dict(model, options=options)
-    if dist.get_rank() == 0:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-        tied = plain.all_tied_weights_keys  # they stand in the file once, under their other name
-        weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
-        shutil.rmtree(path, ignore_errors=True)  # step-N, of a run that was stopped after it
-        with new_folder(path) as folder:
-            plain.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
-    dist.barrier()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 7. Training
-
-
-def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Example]:
-    """The records of a file as token ids, checked for what this configuration needs."""
-    scored = config.rescore or config.ranking == "reward" or config.objective != "clha"
-    need = {"rewards": scored, "chosen": config.sft_target == "chosen"}
-    records = read_records(path, [name for name, needed in need.items() if needed])
-    if config.objective != "clha":
-        import baselines
-        records = baselines.prepare(records, config)
-    bar = tqdm(records, desc=f"tokens of {Path(path).name}", disable=None if dist.get_rank() == 0 else True)
-    limits = config.max_length, config.max_prompt_length, config.ranking
-    return [encode({"id": f"line {n}"} | record, tokenizer, *limits) for n, record in enumerate(bar, 1)]
-
-
-def size(example: Example) -> int:
-    """Tokens that a query takes in a pack."""
-    return len(example["prompt_ids"]) + sum(map(len, example["response_ids"]))
 
 
 def data_order(queries: int, config: Config) -> list[tuple[float, list[int]]]:
@@ -510,30 +513,36 @@ def deal(sizes: list[int], pack_tokens: int, processes: int) -> list[list[int]]:
         rounds += 1
 
 
-def run_batch(
-    model: PreTrainedModel, examples: list[Example], loss_fn: Callable[..., Any], config: Config, train: bool
-) -> dict[str, float]:
-    """Loss and metrics of a batch of queries over all processes; with `train`, gradients are accumulated.
+def packs_of(examples: list[Example], device: torch.device, config: Config, fill_to: int = 0) -> list[Batch]:
+    """This process's packs of a batch of queries, and what the loss of each is to be divided by: `counts`.
 
-    What the loss is divided by follows from the rewards alone, so it is known for the whole batch before the
-    first forward pass. So the gradients are the same for any packs and any number of processes.
+    That follows from the rewards alone, so it is known for the whole batch before the first forward pass. So
+    the gradients are the same for any packs and any number of processes.
     """
-    rank, processes, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    rank, processes = dist.get_rank(), dist.get_world_size()
     keep, _ = rescore(reply_matrix(examples), config.min_reward_gap if config.rescore else None)
-    counts = loss_counts(keep, config.reduction).to(device)
-    totals: dict[str, Tensor] = {}
-    for part in deal([size(example) for example in examples], config.pack_tokens, processes)[rank::processes]:
-        batch = pack([examples[i] for i in part or [0]], device)
-        weight = 1 if part else 0  # with an empty pack, a process only keeps step with the others
+    more = {"counts": loss_counts(keep, config.reduction).to(device)}
+    shares = deal([size(example) for example in examples], fill_to or config.pack_tokens, processes)
+    # With an empty pack, a process only keeps step with the others.
+    return [pack([examples[i] for i in part or [0]], device, fill_to) | more | {"weight": 1 if part else 0}
+            for part in shares[rank::processes]]  # fmt: skip
+
+
+def run_batch(
+    model: PreTrainedModel, packs: list[Batch], loss_fn: Callable[..., Any], config: Config, train: bool
+) -> dict[str, float]:
+    """Loss and metrics of a batch of queries over all processes; with `train`, gradients are accumulated."""
+    processes, totals = dist.get_world_size(), {}
+    for batch in packs:
         with torch.set_grad_enabled(train):
             sum_logps, lengths = sequence_logps(model, batch)
             avg_logps = sum_logps / lengths.clamp(min=1)  # p of Eq. 3
-            target = batch["chosen"] if config.sft_target == "chosen" else None
+            target, counts = batch["chosen"] if config.sft_target == "chosen" else None, batch["counts"]
             loss, metrics = loss_fn(
                 avg_logps, sum_logps, batch["rewards"], target=target, counts=counts, **batch["more"])
-        if train:
-            (loss * weight * processes).backward()  # FSDP averages over processes, and this is to be a sum
-        totals = {name: totals.get(name, 0) + value * weight for name, value in metrics.items()}
+        if train:  # FSDP averages over processes, and this is to be a sum
+            (loss * batch["weight"] * processes).backward()
+        totals = {name: totals.get(name, 0) + value * batch["weight"] for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
@@ -545,13 +554,8 @@ def train(config: Config) -> None:
     config, output = replace(config), Path(config.output_dir)  # the caller's own stays as it is
     if (output / "final").exists():
         raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
-    program.check_ranges(config)
-    program.check_out(output, "folder")
-    if config.max_prompt_length >= config.max_length:
-        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
+    program.check_config(config)
     torch.manual_seed(config.seed + rank)  # of dropout, in a model that has it
-    if config.deterministic:
-        program.make_deterministic()
     config.pack_tokens = config.pack_tokens or (8192 if device.type == "cuda" else 1024)
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -564,7 +568,7 @@ def train(config: Config) -> None:
     if not (order := data_order(len(examples), config)):
         raise InputError(f"--epochs {config.epochs}: too few for a step")
     if config.alpha is None:
-        length = max(len(example["response_ids"]) for example in examples)  # l, the length of the ranking
+        length = max(len(example["response_ids"]) for example in examples.outlines())  # l, of the ranking
         weights = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}
         config.alpha = weights.get(config.objective, 0.05 * (length - 1) ** 2)
     gap = config.min_reward_gap if config.rescore else None
@@ -572,40 +576,51 @@ def train(config: Config) -> None:
         clha_loss, margin=config.margin, min_reward_gap=gap, alpha=config.alpha, reduction=config.reduction,
         sft_reduction=config.sft_reduction, contrast=config.contrast)
 
-    model = load_model(config.model, device, dtype, config.activation_checkpointing)
+    model = load_model(
+        config.model, device, dtype, checkpointing=config.activation_checkpointing, compile=config.compile,
+        replicate=config.replicate)
+    flex = fast.uses_flex(model, config.attention)
+    fill_to = fast.pack_length(examples.sizes, order, config.pack_tokens) if flex else 0
     if config.objective != "clha":
         import baselines
-        config.rescore, loss_fn = False, baselines.make_loss(config, model, examples + dev_examples)
+        config.rescore, loss_fn = False, baselines.make_loss(
+            config, model, [examples, dev_examples], fill_to)
     if config.reward_model:
         import evaluate
         dev_reward = evaluate.make_judge(config, tokenizer, device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimizer = adamw(model.parameters(), config.learning_rate)
     schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
-    run = checkpoint.Run(config, model, optimizer, scheduler)  # where another one stopped, or at step 0
+    run = Run(config, model, optimizer, scheduler)  # where another one stopped, or at step 0
     if run.step > len(order):
         raise InputError(f"{output}: has done {run.step} steps already, more than the {len(order)} wanted")
     if rank == 0:
         print(program.describe(model, examples, len(order), config), flush=True)
 
+    def make_packs(step: tuple[float, list[int]]) -> list[Batch]:
+        return packs_of([examples[i] for i in step[1]], device, config, fill_to)
+
+    steps = order[run.step :]
     done, start = run.tokens, time.perf_counter()
-    bar = tqdm(order[run.step :], "train", len(order), initial=run.step, disable=None if rank == 0 else True)
-    for step, (epoch, indices) in enumerate(bar, run.step + 1):
-        batch = [examples[i] for i in indices]
-        metrics = run_batch(model, batch, loss_fn, config, train=True)
+    bar = tqdm(steps, "train", len(order), initial=run.step, disable=None if rank == 0 else True)
+    work = zip(bar, fast.ahead(make_packs, steps), strict=True)  # the next packs are made meanwhile
+    for step, ((epoch, indices), packs) in enumerate(work, run.step + 1):
+        metrics = run_batch(model, packs, loss_fn, config, train=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
         metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
         if math.isfinite(metrics["loss"] + norm):
             optimizer.step()
         else:
-            run.skip(step, metrics["loss"], norm, batch)
+            run.skip(step, metrics["loss"], norm, [examples[i] for i in indices])
         scheduler.step()
         optimizer.zero_grad()
-        run.tokens += sum(map(size, batch))
+        run.tokens += sum(examples.sizes[i] for i in indices)
         speed = (run.tokens - done) / (time.perf_counter() - start)
         metrics |= {"num_tokens": run.tokens, "tokens_per_second": speed, "skipped": run.skipped}
         if dev_examples and (step % config.eval_every == 0 or step == len(order)):
-            dev = run_batch(model.eval(), dev_examples, loss_fn, config, train=False)
+            packs = packs_of(list(dev_examples), device, config, fill_to)
+            dev = run_batch(model.eval(), packs, loss_fn, config, train=False)
             dev |= {"reward": dev_reward(model)} if config.reward_model else {}
             metrics |= {f"eval/{name}": value for name, value in dev.items()}
             model.train()

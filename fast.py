@@ -1,18 +1,92 @@
-"""What makes large models and large packs fit, beside the plain way that clha.py shows; both give the same.
+"""What makes large models go, and go fast, beside the plain way that clha.py shows; both give the same.
 
-The LM head: of a pack of 8,192 tokens LLaMA-7B would hold gigabytes of logits and their copies. In chunks,
-whose logits are made again for the gradient, a few hundred megabytes are enough.
+- Attention of a pack in one kernel (flex_attention), for packs of one fixed length: nothing recompiles.
+- The LM head in chunks: of a pack of 8,192 tokens LLaMA-7B would hold gigabytes of logits and their copies.
+- Layers that keep less for the backward pass, or are compiled; packs that are made ahead of their use.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+
+from records import InputError
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+
+TILE = 128  # positions: the side of a block of flex_attention's
+
+
+def uses_flex(model: PreTrainedModel, attention: str) -> bool:
+    """Whether packs go through flex_attention: by --attention, and "auto" where it can.
+
+    Raises InputError where it is asked for and can't: its backward pass needs a GPU, and it has no dropout;
+    windows and soft caps are not in the mask of a pack.
+    """
+    config = model.config.get_text_config()
+    hindrances = ["attention_dropout", "attn_pdrop", "sliding_window", "attn_logit_softcapping"]
+    there = [name for name in hindrances if getattr(config, name, None)]
+    reason = f"with {there[0]}" if there else "without a GPU" if model.device.type != "cuda" else ""
+    if attention == "flex" and reason:
+        raise InputError(f"--attention flex: can't be used {reason}; sdpa can")
+    return attention != "sdpa" and not reason
+
+
+def block_mask(batch: dict[str, Any]) -> BlockMask:
+    """The mask of a pack, whose N is a multiple of TILE, for flex_attention; as `clha.query_masks` has it.
+
+    A tile of rows needs the tiles from where the query of its first row begins up to itself. So they can be
+    told without looking at all N x N pairs.
+    """
+    start, owner = batch["start"], batch["owner"]
+
+    def may_see(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        own = (owner[column] == -1) | (owner[column] == owner[row])
+        return (start[row] <= column) & (column <= row) & own
+
+    tile = torch.arange(len(owner) // TILE, device=owner.device)
+    first = start[::TILE] // TILE
+    columns = (first[:, None] + tile).clamp(max=len(tile) - 1)  # of those only the first few count
+    number = tile - first + 1
+    return BlockMask.from_kv_blocks(
+        number[None, None].int(), columns[None, None].int(), BLOCK_SIZE=TILE, mask_mod=may_see
+    )
+
+
+PASS = 512  # tokens that a pass without any costs: it moves all weights and gradients. An estimate
+
+
+def pack_length(sizes: list[int], order: list[tuple[float, list[int]]], limit: int) -> int:
+    """The length of all packs, at most `limit` if the longest query allows, that makes the steps cheapest.
+
+    `sizes` are the tokens of all queries, `order` the steps as in `clha.data_order`. A step's packs should be
+    nearly full on every process; what is missing is filled, and computed.
+    """
+    import clha
+
+    batches = [[sizes[i] for i in indices] for _, indices in order[:: math.ceil(len(order) / 50)]]
+    processes = dist.get_world_size()
+
+    def cost(length: int) -> int:
+        return (length + PASS) * sum(len(clha.deal(batch, length, processes)) for batch in batches)
+
+    longest = math.ceil(max(sizes) / TILE) * TILE
+    return min(range(longest, max(limit, longest) + 1, TILE), key=cost)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The LM head
 
 LOGITS = 2**25  # that exist at a time: 128 MiB in float32, and a few copies of it
 SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of logits, after the head
@@ -47,3 +121,62 @@ def head_gives_logps(model: PreTrainedModel, targets: Tensor, rows: int) -> Iter
         yield
     finally:
         del head.forward
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layers
+
+# What "selective" keeps for the backward pass: the results of matrix products and of attention.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Which results of a layer are kept for its backward pass; the others are made again."""
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def wrap_layers(layers: list[torch.nn.Module], checkpointing: str, compile: bool) -> None:
+    """Lets layers keep less for the backward pass ("full": only their input), and compiles them.
+
+    Only while they train: replies have other shapes, for which nothing is compiled.
+    """
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+    for layer in layers:
+        plain = wrapped = layer.forward
+        if checkpointing != "none":
+            how = selective if checkpointing == "selective" else {}
+            wrapped = partial(checkpoint, plain, use_reentrant=False, **how)
+        if compile:
+            wrapped = torch.compile(wrapped)
+        layer.forward = partial(choose, layer, wrapped, plain)
+
+
+def choose(
+    layer: torch.nn.Module, wrapped: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The forward pass of a layer."""
+    return (wrapped if layer.training else plain)(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def ahead(make: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yields make(item) of each item; that of the next one is made by a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        made = None
+        for item in items:
+            made, before = thread.submit(make, item), made
+            if before:
+                yield before.result()
+        if made:
+            yield made.result()

@@ -65,7 +65,7 @@ def parse_config(
 
 LEAST = {"max_length": 2, "max_prompt_length": 2, "num_generations": 2} | dict.fromkeys(
     ("batch_size", "eval_every", "items", "keep_checkpoints", "max_bad_steps", "max_new_tokens", "queries",
-     "replies"), 1)  # fmt: skip
+     "replicate", "replies"), 1)  # fmt: skip
 
 
 def check_ranges(config: Any) -> None:
@@ -77,6 +77,18 @@ def check_ranges(config: Any) -> None:
             raise InputError(f"--{name} {value}: must be {least} or more, and less than 2**32")
         if type(value) is float and not least <= value < 1e38:  # float32's
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
+
+
+def check_config(config: Any) -> None:
+    """Raises InputError for settings of clha.py that can't be, before anything is loaded."""
+    check_ranges(config)
+    check_out(config.output_dir, "folder")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
+    if dist.get_world_size() % config.replicate:
+        raise InputError(f"--replicate {config.replicate}: must divide the {dist.get_world_size()} processes")
+    if config.deterministic:
+        make_deterministic()
 
 
 def check_out(out: str | Path, kind: Literal["new", "file", "folder"]) -> None:
@@ -123,6 +135,17 @@ def rendezvous() -> dict[str, Any]:
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
+def init_process() -> tuple[int, int, torch.device]:
+    """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **rendezvous())
+    return dist.get_rank(), dist.get_world_size(), device
+
+
 def make_deterministic() -> None:
     """Only operations that give the same bits again, also on a GPU; raises where torch has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -157,12 +180,12 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def describe(model: PreTrainedModel, examples: list[Any], steps: int, config: Any) -> str:
+def describe(model: PreTrainedModel, data: Any, steps: int, config: Any) -> str:
     """What clha.py is about to do, in five lines."""
     import clha
 
     parameters = sum(p.numel() for p in model.parameters())
-    processes, queries = dist.get_world_size(), len(examples)
+    processes, queries, examples = dist.get_world_size() // config.replicate, len(data), data.outlines()
     target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
     rewards = clha.reply_matrix(examples)
     keep, gate = clha.rescore(rewards, config.min_reward_gap if config.rescore else None, target)
@@ -172,7 +195,7 @@ def describe(model: PreTrainedModel, examples: list[Any], steps: int, config: An
     return (
         f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
         f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
-        f"data    {queries:,} queries of {sum(map(clha.size, examples)) / queries:.0f} tokens; "
+        f"data    {queries:,} queries of {sum(data.sizes) / queries:.0f} tokens; "
         f"in {cut:.1%} the prompt or a reply is cut\n"
         f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
         f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"

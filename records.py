@@ -118,20 +118,25 @@ def is_turn(message: Any) -> bool:
     return isinstance(message.get("role"), str) and message["role"] in ROLES
 
 
-def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
-    """Reads and checks records; `need` names the optional fields that must be there: "rewards", "chosen".
+def iter_records(path: str | Path, need: Iterable[str] = ()) -> Iterator[Record]:
+    """Reads and checks records, one at a time; `need` names optional fields that must be there: "rewards",
+    "chosen".
 
     Raises InputError with file and line: not JSON, fewer than two replies, an empty reply, rewards that are
     missing, not finite, or of another number than the replies.
     """
-    records = []
+    number = 0
     for number, record in read_jsonl(path):
         if wrong := check_record(record, need):
             raise InputError(f"{path}, line {number}: {wrong}")
-        records.append(record)
-    if not records:
+        yield record
+    if not number:
         raise InputError(f"{path}: no records in it")
-    return records
+
+
+def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
+    """All records of a file at once; see `iter_records`."""
+    return list(iter_records(path, need))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, PreTrainedModel
 
 import clha
+import fast
 import program
 from program import HelpFormatter, load_tokenizer, loading, refuse
 from records import InputError, Record, fingerprint, new_folder, read_records, write_in_parts
@@ -96,7 +97,9 @@ class RewardModel:
     def rewards(self, queries: list[clha.Example]) -> Tensor:
         """Rewards (B, l) of B queries in float32: the head at the last token of each reply of a pack."""
         if layer := head(self.model):
-            batch = clha.pack(queries, self.model.device)
+            flex = fast.uses_flex(self.model, "auto")
+            fill_to = math.ceil(self.pack_tokens / fast.TILE) * fast.TILE if flex else 0
+            batch = clha.pack(queries, self.model.device, fill_to)
             hidden = clha.forward_pack(self.model.base_model, batch).last_hidden_state[0]  # (N, d)
             return layer(hidden[batch["last"]])[..., 0].float()  # (B, l, d) -> (B, l)
         rows = [query["prompt_ids"] + query["response_ids"][0] for query in queries]

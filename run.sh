@@ -76,7 +76,7 @@ tiny() {
     need_out
     local out=$OUT scale=$SCALE started=$SECONDS name
     local data=$out/data base=$out/base/final
-    local small=(--batch_size 64 --pack_tokens 4096 --no_activation_checkpointing)
+    local small=(--batch_size 64 --pack_tokens 4096 --activation_checkpointing none)
     local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen)
     local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096 --epochs "$(printf '%d.%02d' $((scale / 100)) $((scale % 100)))")
     stage "$data" "$PYTHON" prepare_data.py toy --out "$data"

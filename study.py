@@ -41,7 +41,7 @@ NOISE, NOISES, LENGTHS = 0.2, (0.0, 0.2, 0.4), (2, 3)  # shares of wrong labels;
 STEPS, LEARNING_RATE = 80, 5e-4  # of alignment, on each toy world
 REAL = {  # of alignment, on real text
     "learning_rate": 2e-4, "max_steps": 20, "batch_size": 32, "pack_tokens": 4096, "max_length": 256,
-    "max_prompt_length": 192, "dtype": "bfloat16", "activation_checkpointing": False,
+    "max_prompt_length": 192, "dtype": "bfloat16", "activation_checkpointing": "none",
 }  # fmt: skip
 EVERYTHING = {"contrast": False, "rescore": False, "ranking": "given", "sft_target": "chosen"}  # plain SFT
 
@@ -200,7 +200,7 @@ def score(model: Path, records: Path, out: Path) -> Path:
 
 def toy_world(out: Path, seed: int, noise: float, length: int) -> World:
     """A toy world; its seed's base model serves every noise and length, its reward models every length."""
-    small = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": False}
+    small = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": "none"}
     home = out / f"seed-{seed}"
     noisy, folder = home / f"noise-{noise:g}", home / f"noise-{noise:g}" / f"length-{length}"
     data = folder / "data"

@@ -18,7 +18,7 @@ from program import load_tokenizer
 from records import InputError, read_jsonl, write_jsonl
 
 NAN = float("nan")
-SMALL = {"batch_size": 16, "pack_tokens": 2048, "activation_checkpointing": False}
+SMALL = {"batch_size": 16, "pack_tokens": 2048, "activation_checkpointing": "none"}
 
 
 def cases() -> list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
@@ -187,7 +187,7 @@ def test_a_flag_that_an_objective_does_not_read_is_refused(
     objective: str, settings: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(InputError, match=line):
-        baselines.prepare([], clha.Config("", "", "", objective=objective, **settings))
+        baselines.check_flags(clha.Config("", "", "", objective=objective, **settings))
 
 
 def test_the_reference_of_dpo_knows_no_dropout(world: Path, scored: Path, tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_the_reference_of_dpo_knows_no_dropout(world: Path, scored: Path, tmp_pa
             text.replace(b'"attention_dropout": 0.0', b'"attention_dropout": 0.5')
         )
     _, _, device = clha.init_process()
-    config = clha.Config(str(tmp_path), str(scored), "")
-    examples = clha.load_examples(str(scored), load_tokenizer(config.model), config)[:4]
-    model = clha.load_model(str(tmp_path), device, torch.float32, False)
+    config = clha.Config(str(tmp_path), str(scored), str(tmp_path / "out"))
+    examples = list(clha.load_examples(str(scored), load_tokenizer(config.model), config))[:4]
+    model = clha.load_model(str(tmp_path), device, torch.float32, checkpointing="none")
     assert model.config.attention_dropout == 0.5 and model.training
     first = baselines.all_logps(model, examples, 4096)
     assert baselines.all_logps(model, examples, 4096) == first and model.training
@@ -238,9 +238,9 @@ def test_each_objective_trains_with_clha_py(name: str, world: Path, scored: Path
 def test_the_loss_of_a_run_is_the_mean_of_the_objective(world: Path, scored: Path, tmp_path: Path) -> None:
     rows = run(world, scored, tmp_path / "sft", objective="sft", batch_size=48, max_steps=1)
     _, _, device = clha.init_process()
-    config = clha.Config(str(world / "init"), str(scored), "", objective="sft")
+    config = clha.Config(str(world / "init"), str(scored), str(tmp_path / "out"), objective="sft")
     examples = clha.load_examples(str(scored), load_tokenizer(config.model), config)
-    model = clha.load_model(config.model, device, torch.float32, False)
+    model = clha.load_model(config.model, device, torch.float32, checkpointing="none")
     sum_logps, _ = clha.sequence_logps(model, clha.pack(examples))
     assert rows[0]["loss"] == pytest.approx(-sum_logps[:, 0].mean().item(), rel=1e-5)
 

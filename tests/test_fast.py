@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_logps import MODELS, random_queries, tiny
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import GraniteConfig, GraniteForCausalLM
+from transformers.integrations import flex_attention as integration
 
 import clha
 import fast
-from records import read_records, write_jsonl
+from records import InputError, read_records, write_jsonl
 
 
 def logps_and_gradients(model: Any, batch: clha.Batch) -> list[torch.Tensor]:
@@ -66,18 +70,170 @@ def test_logits_that_are_scaled_after_the_head_go_the_plain_way(monkeypatch: pyt
     assert torch.equal(clha.sequence_logps(model, batch)[0], expected)
 
 
-def test_shards_of_two_processes_train_alike(world: Path, tmp_path: Path) -> None:
-    records = [r | {"rewards": [1.0, -1.0]} for r in read_records(world / "train.jsonl")[:24]]
-    write_jsonl(tmp_path / "data.jsonl", records)
-    program = "import sys, fast, clha; fast.LOGITS = {logits}; clha.train(clha.parse_args(sys.argv[1:]))"
-    flags = f"--model {world / 'init'} --train_data {tmp_path / 'data.jsonl'} --max_steps 3 --batch_size 8"
-    flags += " --learning_rate 1e-5"
-    for name, logits in (("plain", 2**30), ("chunks", 768 * 9)):
-        launch = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python"
-        command = [sys.executable, *launch.split(), sys.executable, "-c", program.format(logits=logits)]
-        command += [*flags.split(), "--output_dir", str(tmp_path / name)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr
-    plain, chunks = (load_file(tmp_path / n / "final" / "model.safetensors") for n in ("plain", "chunks"))
-    for name, weight in plain.items():
-        torch.testing.assert_close(chunks[name], weight, atol=1e-6, rtol=0)
+def train_with_two(world: Path, out: Path, *flags: str, logits: int = 2**30) -> dict[str, torch.Tensor]:
+    """The weights after three steps of two processes."""
+    data = out.with_name("data.jsonl")
+    if not data.exists():
+        records = [r | {"rewards": [1.0, -1.0]} for r in read_records(world / "train.jsonl")[:24]]
+        write_jsonl(data, records)
+    program = f"import sys, fast, clha; fast.LOGITS = {logits}; clha.train(clha.parse_args(sys.argv[1:]))"
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python"
+    settings = f"--model {world / 'init'} --train_data {data} --output_dir {out} --max_steps 3 --batch_size 8"
+    command = [sys.executable, *launch.split(), sys.executable, "-c", program, *settings.split(), *flags]
+    command += ["--learning_rate", "1e-5"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return load_file(out / "final" / "model.safetensors")
+
+
+def test_two_processes_train_alike_by_every_way(world: Path, tmp_path: Path) -> None:
+    plain = train_with_two(world, tmp_path / "plain")
+    before = load_file(world / "init" / "model.safetensors")
+    assert max((plain[name] - before[name]).abs().max() for name in plain) > 2e-5
+    ways = {
+        "chunks": train_with_two(world, tmp_path / "chunks", logits=768 * 9),
+        "selective": train_with_two(world, tmp_path / "selective", "--activation_checkpointing", "selective"),
+        "compiled": train_with_two(world, tmp_path / "compiled", "--compile"),
+        "two copies": train_with_two(world, tmp_path / "copies", "--replicate", "2"),
+    }
+    for weights in ways.values():
+        for name, weight in plain.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def compiler() -> Any:
+    """What torch.compile counts, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters["stats"]
+
+
+# Attention
+
+
+def filled_pack(queries: int = 14) -> tuple[clha.Batch, clha.Batch]:
+    """The same queries as a plain pack, and as one that is filled to the tiles of flex_attention."""
+    examples = random_queries(queries)
+    return clha.pack(examples), clha.pack(examples, fill_to=3 * fast.TILE)
+
+
+def dense(mask: BlockMask) -> torch.Tensor:
+    """What a BlockMask lets see, (N, N): its pairs, and only in the tiles that it lists."""
+    n = mask.seq_lengths[0]
+    tiles = torch.zeros(n // fast.TILE, n // fast.TILE, dtype=torch.bool)
+    for row, (number, columns) in enumerate(
+        zip(mask.kv_num_blocks[0, 0], mask.kv_indices[0, 0], strict=True)
+    ):
+        tiles[row, columns[:number].long()] = True
+    listed = tiles.repeat_interleave(fast.TILE, 0).repeat_interleave(fast.TILE, 1)
+    place = torch.arange(n)
+    return listed & mask.mask_mod(0, 0, place[:, None], place)
+
+
+def test_the_mask_of_flex_attention_is_that_of_the_queries() -> None:
+    plain, filled = filled_pack()
+    size, whole = len(plain["owner"]), filled["input_ids"].shape[1]
+    assert 2 * fast.TILE < size < whole and whole % (3 * fast.TILE) == 0
+    mask, n = fast.block_mask(filled), whole // fast.TILE
+    expected = torch.block_diag(*clha.query_masks(plain)).bool()
+    assert torch.equal(dense(mask)[:size, :size], expected)
+    assert not dense(mask)[:size, size:].any() and not dense(mask)[size:, :size].any()
+    theirs = create_block_mask(mask.mask_mod, None, None, whole, whole, device="cpu")
+    counts = theirs.kv_num_blocks + theirs.full_kv_num_blocks  # by looking at all pairs
+    assert mask.kv_num_blocks.tolist() == counts.tolist() and mask.kv_num_blocks.sum() < n * (n + 1) / 2
+
+
+@pytest.mark.parametrize("more", MODELS)
+def test_flex_attention_gives_the_log_probs_and_gradients_of_sdpa(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a CPU its kernel has no backward pass, and it must be asked to make one of plain operations.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain_flex_attention)
+    model, (plain, filled) = tiny(**more), filled_pack()
+    expected = logps_and_gradients(model, plain)
+    for ours, theirs in zip(logps_and_gradients(model, filled), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def plain_flex_attention(*tensors: torch.Tensor, training: bool, **more: Any) -> torch.Tensor:
+    """What transformers calls, but not compiled."""
+    return flex_attention.flex_attention(*tensors, **more)
+
+
+def test_the_compiled_kernel_gives_the_log_probs_of_sdpa_and_is_compiled_once(compiler: Any) -> None:
+    model = tiny()
+    with torch.no_grad():
+        for seed in range(3):  # other queries, another number of them, in packs of one length
+            examples = random_queries(20 + seed, seed)
+            plain, filled = clha.pack(examples), clha.pack(examples, fill_to=8 * fast.TILE)
+            assert filled["input_ids"].shape[1] == 8 * fast.TILE
+            expected = clha.sequence_logps(model, plain)[0]
+            torch.testing.assert_close(clha.sequence_logps(model, filled)[0], expected, rtol=1e-5, atol=1e-4)
+    assert compiler["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [({}, "without a GPU"), ({"attention_dropout": 0.1}, "with attention_dropout")],
+)
+def test_flex_attention_is_refused_where_it_has_no_way(more: dict[str, Any], reason: str) -> None:
+    assert not fast.uses_flex(tiny(**more), "auto") and not fast.uses_flex(tiny(**more), "sdpa")
+    with pytest.raises(InputError, match=reason):
+        fast.uses_flex(tiny(**more), "flex")
+
+
+def test_the_length_of_packs_is_the_cheapest() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    order = [(0.0, list(range(10)))]
+    assert fast.pack_length([500] * 10, order, 8192) == 5120  # all in one, 120 too many
+    assert fast.pack_length([500] * 10, order, 4096) == 2560  # 2 x (2560 + 512); one by one: 10 x 1024
+    assert fast.pack_length([5000, *[500] * 9], order, 1024) == 5120  # the longest query is not divided
+
+
+# Layers
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(checkpointing: str) -> None:
+    examples, results, kept = random_queries(4), [], []
+    for how in ("none", checkpointing):
+        model, sizes = tiny().train(), []
+        fast.wrap_layers(list(model.model.layers), how, compile=False)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, id
+        )
+        with hooks:
+            clha.sequence_logps(model, clha.pack(examples))
+        kept.append(sum(sizes))
+        results.append(logps_and_gradients(model, clha.pack(examples)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(compiler: Any) -> None:
+    model, batch = tiny(num_hidden_layers=3).train(), clha.pack(random_queries(4))
+    expected = logps_and_gradients(model, batch)
+    fast.wrap_layers(list(model.model.layers), "full", compile=True)
+    for ours, theirs in zip(logps_and_gradients(model, batch), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert compiler["unique_graphs"] == 1
+
+
+# Data
+
+
+def test_what_is_made_ahead_comes_in_order_and_errors_arrive() -> None:
+    made = []
+
+    def make(item: int) -> int:
+        made.append(item)
+        return 1 // (3 - item)
+
+    results = fast.ahead(make, range(5))
+    assert [next(results), next(results)] == [0, 0] and made[:2] == [0, 1]
+    next(results)
+    with pytest.raises(ZeroDivisionError):
+        list(results)

@@ -443,7 +443,7 @@ def test_a_pack_has_each_token_once_where_its_documentation_says(queries: list[c
             [column <= row and own[column] in (-1, i) for column in range(len(own))]
             for row, i in enumerate(own)
         ]
-        assert batch["masks"][b].tolist() == sees
+        assert clha.query_masks(batch)[b].tolist() == sees
         empty = [0] * (width - len(query["response_ids"]))
         assert batch["lengths"][b].tolist() == [*map(len, query["response_ids"]), *empty]
         ends = [

@@ -44,7 +44,7 @@ def load(path: Path) -> Any:
     """The model of a folder, as training loads it."""
     clha.init_process()
     try:
-        return clha.load_model(str(path), torch.device("cpu"), torch.float32, False)
+        return clha.load_model(str(path), torch.device("cpu"), torch.float32, checkpointing="none")
     finally:
         dist.destroy_process_group()
 

@@ -102,7 +102,7 @@ def small(world: Path, tmp_path_factory: pytest.TempPathFactory) -> study.World:
         write_jsonl(home / f"{name}.jsonl", rows[:64])
     judge = home / "judge"
     study.train_reward_model(world / "init", home / "rm_train.jsonl", judge, learning_rate=1e-3, seed=0)
-    settings = {"max_steps": 2, "batch_size": 8, "pack_tokens": 2048, "activation_checkpointing": False}
+    settings = {"max_steps": 2, "batch_size": 8, "pack_tokens": 2048, "activation_checkpointing": "none"}
     return study.World(
         home, 2, world / "init", home / "train.jsonl", home / "dev.jsonl",
         read_records(home / "test.jsonl")[:4], judge, settings, {"gold": True, "max_new_tokens": 4},
@@ -159,7 +159,9 @@ def test_a_language_model_from_scratch_learns(world: Path, tmp_path: Path) -> No
     assert (
         facts["steps"] == 6 and facts["loss"] < math.log(words) - 1
     )  # a model that knows nothing has ln words
-    model = clha.load_model(str(tmp_path / "base"), clha.init_process()[2], torch.float32, False)
+    model = clha.load_model(
+        str(tmp_path / "base"), clha.init_process()[2], torch.float32, checkpointing="none"
+    )
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
 
 

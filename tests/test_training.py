@@ -100,7 +100,13 @@ def assert_same_weights(run: Path, other: Path, world: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pack_tokens": 60}, {"pack_tokens": 4096}, {"activation_checkpointing": False}]
+    "settings",
+    [
+        {"pack_tokens": 60},
+        {"pack_tokens": 4096},
+        {"activation_checkpointing": "none"},
+        {"activation_checkpointing": "selective"},
+    ],
 )
 def test_packs_and_accumulation_change_no_weight(
     world: Path, data: Path, one_process: Path, tmp_path: Path, settings: dict[str, Any]
@@ -292,7 +298,7 @@ def test_a_run_learns_logs_and_saves(world: Path, data: Path, tmp_path: Path, ca
         [0, 1e-3 / 3, 1e-3, 1e-3 * (1 + math.cos(math.pi * 15 / 27)) / 2]
     )
     folders = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} - {"tensorboard"}
-    assert folders == {"step-15", "step-30", "final", "checkpoints"}
+    assert folders == {"step-15", "step-30", "final", "checkpoints", "tokens"}
     middle, end, final = (weights(tmp_path / "run" / name) for name in ("step-15", "step-30", "final"))
     assert all(torch.equal(end[name], final[name]) for name in final)
     assert not any(torch.equal(middle[name], final[name]) for name in final)
@@ -312,7 +318,7 @@ def test_a_step_is_trained_and_saved_like_that_of_a_plain_model(
     LlamaForCausalLM(settings).save_pretrained(tmp_path / "start")
     batch = batches(world, data, config(world, data, tmp_path, max_steps=1))[0]
     clha.init_process()
-    sharded = clha.load_model(str(tmp_path / "start"), torch.device("cpu"), torch.float32, True)
+    sharded = clha.load_model(str(tmp_path / "start"), torch.device("cpu"), torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
     before = plain.lm_head.weight.detach().clone()
     for model in (sharded, plain):
@@ -342,7 +348,7 @@ def test_the_final_folder_holds_all_that_a_model_needs(world: Path, data: Path, 
 
 def test_the_rotary_frequencies_survive_sharding(world: Path) -> None:
     clha.init_process()
-    sharded = clha.load_model(str(world / "init"), torch.device("cpu"), torch.float32, True)
+    sharded = clha.load_model(str(world / "init"), torch.device("cpu"), torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(world / "init")
     expected = dict(plain.named_buffers())
     assert any("inv_freq" in name for name in expected)
@@ -414,7 +420,7 @@ def test_a_flag_that_is_given_wins_over_the_recipe(flags: list[str]) -> None:
     assert (release.margin, release.min_reward_gap) == (0.3, 3.0)
 
 
-@pytest.mark.parametrize("name", ["rescore", "contrast", "activation_checkpointing"])
+@pytest.mark.parametrize("name", ["rescore", "contrast", "temperatures"])
 def test_what_is_on_can_be_switched_off(name: str) -> None:
     assert getattr(clha.parse_args(NEEDED), name) is True
     assert getattr(clha.parse_args([*NEEDED, f"--no_{name}"]), name) is False
