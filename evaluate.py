@@ -2,6 +2,7 @@
 
     python evaluate.py --model out/final --data test.jsonl --reward_model RM_EVAL --out eval/clha
     python evaluate.py --model out/step-* --data dev.jsonl --reward_model RM --out eval/steps --plot steps.png
+    python evaluate.py --model out/final --backend vllm ...          replies by vLLM: pip install .[vllm]
     python evaluate.py --responses curie.jsonl --data test.jsonl --reward_model RM_EVAL --out eval/curie
     python evaluate.py table eval/base eval/sft eval/clha
     python evaluate.py sheets eval/pro eval/clha --out sheets        for people to judge; then tally, compare
@@ -14,16 +15,22 @@ checkpoint. Rewards are sigmoids in percent, as in Table 2; BLEU is the paper's:
 """
 
 import argparse
+import gc
 import json
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,6 +53,25 @@ def cut_reply(text: str, stop_strings: tuple[str, ...] = STOP_STRINGS) -> str:
     return re.split("|".join(stop_strings), text, maxsplit=1)[0].strip()
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    max_prompt_length: int,
+    hindsight: bool = False,
+) -> list[list[int]]:
+    """The ids of prompts, as in training; with `hindsight` they end in the request for a good answer."""
+    prefix = f" {baselines.GOOD}" if hindsight else ""
+    texts = [clha.render(prompt) + prefix for prompt in prompts]
+    rows = tokenizer(texts, split_special_tokens=True).input_ids if prompts else []
+    return [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+
+
+def read_ids(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], hindsight: bool) -> list[str]:
+    """The replies that rows of generated ids stand for, cut."""
+    stop_strings = (*STOP_STRINGS, baselines.GOOD, baselines.BAD) if hindsight else STOP_STRINGS
+    return [cut_reply(text, stop_strings) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -59,22 +85,25 @@ def generate(
     temperature: float = 0.0,
     progress: bool = True,
     synced_gpus: bool = False,
+    static: bool | None = None,
 ) -> list[str]:
     """Replies to the prompts, in their order; made in batches of like length, the longest first.
 
     They are greedy, or sampled at a temperature above 0, from torch's random state.
     With `hindsight` the model, one of `--objective coh`, is asked for what it calls a good answer. A sharded
     model needs `synced_gpus`, and as many prompts on each process.
+    With `static` (on a GPU, unless the model is sharded) all batches have one shape, batch_size rows of
+    max_prompt_length tokens, and the cache has its full size: so on a GPU transformers compiles the step that
+    makes a token, once, and replays it.
     """
-    prefix = f" {baselines.GOOD}" if hindsight else ""
-    stop_strings = (*STOP_STRINGS, baselines.GOOD, baselines.BAD) if hindsight else STOP_STRINGS
-    texts = [clha.render(prompt) + prefix for prompt in prompts]
-    rows = tokenizer(texts, split_special_tokens=True).input_ids if prompts else []  # as in training
-    ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+    if static is None:
+        static = model.device.type == "cuda" and not isinstance(model, FSDPModule)
+    ids = prompt_ids(tokenizer, prompts, max_prompt_length, hindsight)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos = tokenizer.eos_token_id
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": eos}
+    settings |= {"cache_implementation": "static"} if static else {}
     # What is not set, transformers takes from the model's folder; and of samples, the 50 likeliest tokens.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings |= {"repetition_penalty": 1.0} | (sampling if temperature else {"do_sample": False})
@@ -82,26 +111,28 @@ def generate(
     with tqdm(total=len(ids), desc="generate", disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            width = len(ids[part[0]])
-            padding = [width - len(ids[i]) for i in part]  # on the left, where generation needs it
+            rows = part + part[-1:] * (batch_size - len(part)) if static else part  # what is added is dropped
+            width = max_prompt_length if static else len(ids[part[0]])
+            padding = [width - len(ids[i]) for i in rows]  # on the left, where generation needs it
             batch = {
-                "input_ids": [[pad] * n + ids[i] for n, i in zip(padding, part, strict=True)],
+                "input_ids": [[pad] * n + ids[i] for n, i in zip(padding, rows, strict=True)],
                 "attention_mask": [[0] * n + [1] * (width - n) for n in padding],
             }
             output = model.generate(
-                **{name: torch.tensor(rows, device=model.device) for name, rows in batch.items()},
+                **{name: torch.tensor(values, device=model.device) for name, values in batch.items()},
                 generation_config=GenerationConfig(**settings),
                 synced_gpus=synced_gpus,
             )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            texts = read_ids(tokenizer, output[: len(part), width:], hindsight)
             for i, text in zip(part, texts, strict=True):
-                replies[i] = cut_reply(text, stop_strings)
+                replies[i] = text
             bar.update(len(part))
     return replies
 
 
 def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model to generate with, in bfloat16 on a GPU, and its tokenizer."""
+    gc.collect()  # a model that was compiled before is in a ring of references, and its memory is needed
     tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with loading(path):
@@ -109,6 +140,75 @@ def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTo
         model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
     program.refuse_missing(path, info)
     return model.to(device).eval(), tokenizer
+
+
+def import_vllm() -> ModuleType:
+    """vLLM; raises InputError where it is not installed, or does not fit the machine."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise InputError(f"--backend vllm: needs vLLM, `pip install .[vllm]` ({error})") from None
+    return vllm
+
+
+@contextmanager
+def environment_of_engine(device: torch.device) -> Iterator[None]:
+    """The environment of a process of its own that has one GPU, this one's; vLLM's engine inherits it.
+
+    With the variables of torchrun it would look for our group, and wait for ever.
+    """
+    kept = dict(os.environ)
+    for name in kept:
+        if re.fullmatch("((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC_.*)", name):
+            del os.environ[name]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a process that ends gives all its memory back
+    if device.type == "cuda":
+        visible = kept.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[device.index] if visible else str(device.index)
+        )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def load_vllm(path: str, device: torch.device, max_length: int) -> Any:
+    """A vLLM engine for a language model, in a process of its own, for prompts with replies of max_length."""
+    vllm, room = import_vllm(), {}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        # vLLM takes a share of the whole GPU, by default nearly all. The reward model has its part already:
+        # four fifths of what it leaves, so that it can still score.
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        room["gpu_memory_utilization"] = 0.8 * free / total
+    with loading(path), environment_of_engine(device):
+        # "vllm": nothing is taken from generation_config.json. We have the tokenizer.
+        settings = {"dtype": dtype, "generation_config": "vllm", "skip_tokenizer_init": True}
+        return vllm.LLM(path, max_model_len=max_length, **settings, **room)
+
+
+def generate_vllm(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    max_prompt_length: int,
+    hindsight: bool,
+) -> list[str]:
+    """Greedy replies of a vLLM engine, as `generate` makes them; vLLM makes the batches."""
+    ids = prompt_ids(tokenizer, prompts, max_prompt_length, hindsight)
+    # The folder may name more tokens that end a text; training knows one.
+    ends = {"ignore_eos": True, "stop_token_ids": [tokenizer.eos_token_id]}
+    sampling = import_vllm().SamplingParams(
+        temperature=0.0, max_tokens=max_new_tokens, detokenize=False, **ends
+    )
+    inputs = [{"prompt_token_ids": row} for row in ids]
+    outputs = engine.generate(inputs, sampling, use_tqdm=False)
+    return read_ids(tokenizer, [output.outputs[0].token_ids for output in outputs], hindsight)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,34 +290,45 @@ def cell(value: float | dict[str, Any]) -> str:
 
 
 def evaluate_model(
-    path: str, folder: Path, records: list[Record], judge: reward.RewardModel, args: argparse.Namespace
+    path: str,
+    folder: Path,
+    records: list[Record],
+    judge: reward.RewardModel,
+    args: argparse.Namespace,
+    backend: str = "transformers",
 ) -> dict[str, Any]:
     """Replies, scores and table of one model, written to a folder by all processes together; its summary.
 
     `path` is the model, or with args.responses the file that has its replies.
     """
     rank, processes, device = clha.init_process()
-    names = ("max_new_tokens", "max_prompt_length", "batch_size")
-    sizes = {name: getattr(args, name) for name in names}
+    sizes = {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
+    items, engine = [{"record": record} for record in records], None
     if args.responses:
         replies = read_replies(path, records)
-        items = [{"record": record, "reply": text} for record, text in zip(records, replies, strict=True)]
+        items = [item | {"reply": text} for item, text in zip(items, replies, strict=True)]
+    elif backend == "vllm":
+        engine = load_vllm(path, device, sum(sizes.values()))
+        reply = partial(generate_vllm, engine, load_tokenizer(path))
     else:
-        items, (model, tokenizer) = [{"record": record} for record in records], load(path, device)
+        reply = partial(generate, *load(path, device), batch_size=args.batch_size, progress=False)
 
     def work(share: list[Record], _: int) -> list[Record]:
+        if not share:  # of the last part, there may be too few for each process
+            return []
         mine = [item["record"] for item in share]
-        prompts = [record["prompt"] for record in mine]
         if args.responses:
             replies = [item["reply"] for item in share]
         else:
-            more = {"hindsight": args.hindsight, "progress": False}
-            replies = generate(model, tokenizer, prompts, **sizes, **more)
+            replies = reply([record["prompt"] for record in mine], **sizes, hindsight=args.hindsight)
         return score_replies(mine, replies, judge, args.gold)
 
-    what = [fingerprint(path), fingerprint(judge.model.name_or_path), sizes, args.hindsight, args.gold]
+    models = [fingerprint(path), fingerprint(judge.model.name_or_path)]
+    what = [*models, sizes, args.batch_size, args.hindsight, args.gold, backend]
     out = folder / "responses.jsonl"
     write_in_parts(out, items, what, work, 4 * args.batch_size * processes, f"replies of {folder.name}")
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()  # the next model needs its memory
     summary = summarise([row for _, row in read_jsonl(out)])
     if rank == 0:
         (folder / "table.md").write_text(table({folder.name: summary}) + "\n")
@@ -358,6 +469,9 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts generated together")
     parser.add_argument(
+        "--backend", choices=("transformers", "vllm"), default="transformers", help="what makes the replies"
+    )
+    parser.add_argument(
         "--hindsight", action="store_true", help="the models were trained with --objective coh"
     )
     parser.add_argument("--gold", action="store_true", help="add the known reward of the toy world")
@@ -378,12 +492,16 @@ def main() -> None:
         return
     if args.responses and args.model:
         refuse("--model or --responses, not both")
+    if args.responses and args.backend == "vllm":
+        refuse("--backend vllm: makes the replies of a --model; those of --responses are made")
     args.model = [args.responses] if args.responses else args.model
     needed = ("model", "data", "reward_model", "out")
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
         refuse(f"the following arguments are required: {', '.join(missing)}")
 
     program.check_out(args.out, "folder")
+    if args.backend == "vllm":
+        import_vllm()
     records, out = read_records(args.data), Path(args.out)
     single = len(args.model) == 1
     folders = {path: out if single else out / Path(path).name for path in args.model}
@@ -395,7 +513,8 @@ def main() -> None:
         _ = read_replies(path, records) if args.responses else load_tokenizer(path)
     judge = reward.load_reward_model(args.reward_model, clha.init_process()[2])
     summaries = {
-        folder.name: evaluate_model(path, folder, records, judge, args) for path, folder in folders.items()
+        folder.name: evaluate_model(path, folder, records, judge, args, args.backend)
+        for path, folder in folders.items()
     }
     if clha.init_process()[0] == 0:
         print(table(summaries))
