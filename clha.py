@@ -229,37 +229,31 @@ def pack(examples: list[Example], device: str | torch.device = "cpu", fill_to: i
     query; start (N,) where the query of a token begins; owner (N,) which of its replies it is of, -1: the
     prompt. With `fill_to`, N is made a multiple of it by a query that counts nowhere (fast.py).
     """
-    width = max(len(example["response_ids"]) for example in examples)
-    ids, positions, targets, predict_at, reply, owner, start = [], [], [], [], [], [], []
-    lengths, last = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(2))
-    sizes = [size(example) for example in examples]
+    ids, parts, sizes = [], [], [size(example) for example in examples]
     for b, example in enumerate(examples):
-        prompt = example["prompt_ids"]
-        end = len(ids) + len(prompt)
-        ids += prompt
-        positions += range(len(prompt))
-        owner += [-1] * len(prompt)
-        start += [len(start)] * sizes[b]
-        for i, response in enumerate(example["response_ids"]):
-            predict_at += [end - 1, *range(len(ids), len(ids) + len(response) - 1)]
-            targets += response
-            reply += [b * width + i] * len(response)
-            owner += [i] * len(response)
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            lengths[b, i], last[b, i] = len(response), len(ids) - 1
+        start, prompt = len(ids), len(example["prompt_ids"])
+        for i, part in enumerate([example["prompt_ids"], *example["response_ids"]], -1):  # -1: the prompt
+            parts.append((len(part), b, i, start, prompt, len(ids)))
+            ids += part
     if fill_to and (filling := -len(ids) % fill_to):
-        ids, owner, sizes = ids + ids[:1] * filling, owner + [-1] * filling, [*sizes, filling]
-        positions, start = [*positions, *range(filling)], start + [len(start)] * filling
-    tensor = partial(torch.tensor, device=device)
-    return {
-        "input_ids": tensor([ids]), "position_ids": tensor([positions]), "targets": tensor(targets),
-        "predict_at": tensor(predict_at), "reply": tensor(reply), "lengths": lengths.to(device),
-        "last": last.to(device), "rewards": reply_matrix(examples).to(device), "sizes": sizes,
-        "start": tensor(start), "owner": tensor(owner), "fill_to": fill_to,
-        "chosen": tensor([example["chosen"] for example in examples]),
-        "more": {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()},
+        parts.append((filling, len(examples), -1, len(ids), filling, len(ids)))
+        ids, sizes = ids + ids[:1] * filling, [*sizes, filling]
+    parts, ids, place = torch.tensor(parts), torch.tensor(ids), torch.arange(len(ids))  # (parts, 6), (N,), (N,)
+    _, query, owner, start, prompt, begin = parts.T.repeat_interleave(parts[:, 0], dim=1)  # (N,) each
+    in_reply = owner >= 0
+    rewards, (length, b, i, _, _, first) = reply_matrix(examples), parts[parts[:, 2] >= 0].T
+    lengths, last = torch.zeros(2, *rewards.shape, dtype=torch.long)
+    lengths[b, i], last[b, i] = length, first + length - 1
+    batch = {
+        "input_ids": ids[None], "position_ids": (place - begin + in_reply * prompt)[None],
+        "targets": ids[in_reply], "reply": (query * rewards.shape[1] + owner)[in_reply],
+        "predict_at": torch.where(place == begin, start + prompt, place)[in_reply] - 1,
+        "lengths": lengths, "last": last, "rewards": rewards, "start": start, "owner": owner,
+        "chosen": torch.tensor([example["chosen"] for example in examples]),
     }
+    more = {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()}
+    return {name: value.to(device) for name, value in batch.items()} | {
+        "sizes": sizes, "fill_to": fill_to, "more": more}
 
 
 def query_masks(batch: Batch) -> list[Tensor]:

@@ -139,6 +139,7 @@ def write_examples(
         return part, [list(islice(ids, len(row))) for row in texts]
 
     partial_path = out.with_suffix(f".{os.getpid()}.partial")
+    new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     try:
@@ -156,5 +157,8 @@ def write_examples(
                 done += len(rows)
                 bar.update(len(rows))
         partial_path.rename(out)
-    finally:
+    except BaseException:
         partial_path.unlink(missing_ok=True)
+        for folder in new_folders:
+            folder.rmdir()
+        raise

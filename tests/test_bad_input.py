@@ -196,7 +196,7 @@ CASES = [
     (TRAIN, GOOD | {"chosen": 2}, '"chosen" must be the index of a reply, 0 to 1, not 2'),
     (TRAIN, GOOD | {"chosen": "0"}, '"chosen" must be the index of a reply, 0 to 1'),
     (TRAIN, GOOD | {"chosen": 1}, "too few records"),
-    (CLHA + " --objective coh --no_rescore --ranking given", UNSCORED, 'no "rewards" yet'),
+    (CLHA + " --objective coh --ranking given", UNSCORED, 'no "rewards" yet'),
     (CLHA + " --dev_data {out}", GOOD, "out: no such file"),
     (AUGMENT + " --extra {file}", GOOD | {"id": "a"}, 'data.jsonl, line 1: needs "response"'),
     (AUGMENT + " --extra {file}", [GOOD | {"id": "a"}] * 2, 'each record needs an "id" of its own'),
@@ -239,6 +239,13 @@ CASES = [
     (CLHA + " --epochs -1", GOOD, "--epochs -1.0: must be a finite number of 0"),
     (CLHA + " --epochs 0.1", GOOD, "--epochs 0.1: too few for a step"),
     (CLHA + " --batch_size 0", GOOD, "--batch_size 0: must be 1 or more"),
+    (CLHA + " --replicate 0", GOOD, "--replicate 0: must be 1 or more"),
+    (CLHA + " --replicate 2", GOOD, "--replicate 2: must divide the 1 processes"),
+    (CLHA + " --attention flex", GOOD, "--attention flex: can't be used without a GPU; sdpa can"),
+    (CLHA + " --attention fast", GOOD, "invalid choice: 'fast'"),
+    (CLHA + " --activation_checkpointing half", GOOD, "invalid choice: 'half'"),
+    (CLHA + " --token_cache {file}", GOOD, "data.jsonl: is a file; it must be a folder"),
+    (CLHA + " --token_cache {file}/x", GOOD, "data.jsonl is a file; nothing can be put below it"),
     (CLHA + " --batch_size 2", GOOD, "--batch_size 2: must be 1 to 1 (queries)"),
     (CLHA + " --pack_tokens -5", GOOD, "--pack_tokens -5: must be 0 or more"),
     (CLHA + " --max_length 1", GOOD, "--max_length 1: must be 2 or more"),
@@ -448,8 +455,12 @@ def fill(command: str, content: Any, folder: Path, stock: Path) -> list[str]:
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    """All that is below a folder but the lock of a run, and when it was written."""
-    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    """All that is below a folder, and when the files were written; but not the lock of a run, nor what was
+    tokenised: that is whole, and the next start finds it."""
+    tokens = {*folder.rglob("tokens/*.arrow"), *folder.rglob("tokens")}
+    hidden = tokens | {path.parent for path in tokens if len(list(path.parent.iterdir())) == 1}
+    shown = (path for path in folder.rglob("*") if path.name != ".lock" and path not in hidden)
+    return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in shown}
 
 
 @pytest.mark.parametrize(("command", "content", "message"), CASES, ids=range(len(CASES)))
