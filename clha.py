@@ -199,6 +199,7 @@ def encode(
 #
 #     ids       <s> P  P  P  a  a  </s>  b  b  b  </s>  |  <s> Q  Q  c  </s>  d  d  </s>
 #     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
+#     owner     -1 -1 -1 -1  0  0   0    1  1  1   1    |  -1 -1 -1  0   0    1  1   1
 #
 # A token sees the earlier tokens of its own query that are prompt or its own reply. So each reply gets just
 # the log-probability that it has alone, and the prompt is computed once.
@@ -233,27 +234,30 @@ def pack(examples: list[Example], device: str | torch.device = "cpu", fill_to: i
     for b, example in enumerate(examples):
         start, prompt = len(ids), len(example["prompt_ids"])
         for i, part in enumerate([example["prompt_ids"], *example["response_ids"]], -1):  # -1: the prompt
-            parts.append((len(part), b, i, start, prompt, len(ids)))
+            parts.append((b, i, start, prompt, len(ids), len(part)))
             ids += part
     if fill_to and (filling := -len(ids) % fill_to):
-        parts.append((filling, len(examples), -1, len(ids), filling, len(ids)))
+        parts.append((len(examples), -1, len(ids), filling, len(ids), filling))
         ids, sizes = ids + ids[:1] * filling, [*sizes, filling]
-    parts, ids, place = torch.tensor(parts), torch.tensor(ids), torch.arange(len(ids))  # (parts, 6), (N,), (N,)
-    _, query, owner, start, prompt, begin = parts.T.repeat_interleave(parts[:, 0], dim=1)  # (N,) each
+    parts, ids = torch.tensor(parts).T, torch.tensor(ids)  # (6, parts), (N,)
+    place = torch.arange(len(ids))
+    b, owner, start, prompt, begin, _ = parts.repeat_interleave(parts[-1], dim=1)  # of each token: (N,)
     in_reply = owner >= 0
-    rewards, (length, b, i, _, _, first) = reply_matrix(examples), parts[parts[:, 2] >= 0].T
+    rewards = reply_matrix(examples)  # (B, l)
+    position = place - begin + in_reply * prompt
+    before = torch.where(place == begin, start + prompt, place) - 1  # a reply begins after its prompt's end
     lengths, last = torch.zeros(2, *rewards.shape, dtype=torch.long)
-    lengths[b, i], last[b, i] = length, first + length - 1
+    query, i, _, _, first, length = parts[:, parts[1] >= 0]  # of each reply
+    lengths[query, i], last[query, i] = length, first + length - 1
     batch = {
-        "input_ids": ids[None], "position_ids": (place - begin + in_reply * prompt)[None],
-        "targets": ids[in_reply], "reply": (query * rewards.shape[1] + owner)[in_reply],
-        "predict_at": torch.where(place == begin, start + prompt, place)[in_reply] - 1,
+        "input_ids": ids[None], "position_ids": position[None], "targets": ids[in_reply],
+        "predict_at": before[in_reply], "reply": (b * rewards.shape[1] + owner)[in_reply],
         "lengths": lengths, "last": last, "rewards": rewards, "start": start, "owner": owner,
         "chosen": torch.tensor([example["chosen"] for example in examples]),
     }
     more = {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()}
-    return {name: value.to(device) for name, value in batch.items()} | {
-        "sizes": sizes, "fill_to": fill_to, "more": more}
+    batch = {name: value.to(device) for name, value in batch.items()}
+    return batch | {"sizes": sizes, "fill_to": fill_to, "more": more}
 
 
 def query_masks(batch: Batch) -> list[Tensor]:
@@ -590,10 +594,10 @@ def train(config: Config) -> None:
     if run.step > len(order):
         raise InputError(f"{output}: has done {run.step} steps already, more than the {len(order)} wanted")
     if rank == 0:
-        print(program.describe(model, examples, len(order), config), flush=True)
+        print(program.describe(model, examples, len(order), config, fill_to), flush=True)
 
-    def make_packs(step: tuple[float, list[int]]) -> list[Batch]:
-        return packs_of([examples[i] for i in step[1]], device, config, fill_to)
+    def make_packs(planned: tuple[float, list[int]]) -> list[Batch]:
+        return packs_of([examples[i] for i in planned[1]], device, config, fill_to)
 
     steps = order[run.step :]
     done, start = run.tokens, time.perf_counter()

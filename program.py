@@ -181,7 +181,7 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def describe(model: PreTrainedModel, data: Any, steps: int, config: Any) -> str:
+def describe(model: PreTrainedModel, data: Any, steps: int, config: Any, fill_to: int) -> str:
     """What clha.py is about to do, in five lines."""
     import clha
 
@@ -200,7 +200,8 @@ def describe(model: PreTrainedModel, data: Any, steps: int, config: Any) -> str:
         f"in {cut:.1%} the prompt or a reply is cut\n"
         f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
         f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"
-        f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}"
+        f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}; "
+        f"packs of {fill_to or config.pack_tokens:,} tokens{'' if fill_to else ' at most'}"
     )
 
 

@@ -2,11 +2,13 @@
 
     python bench/chaos.py --kills 50 --out out/chaos      50 times SIGKILL, on 2 processes
     python bench/chaos.py --only signal resize disk       SIGTERM; another number of processes; a full disk
+    python bench/chaos.py --only machines                 two agents of torchrun, as on two machines
 
 `kills`: half of them to one process, which torchrun brings back (--max_restarts); half to all of it, and the
 same command is given again. The moments: while it starts, while it trains, while it saves. `resize`: stopped
 on 2 processes and gone on with on 1, and the other way round, against a run that was not stopped. `disk`
-mounts a small tmpfs, for which it must be root. Linux only. Prints a Markdown table, and JSON last.
+mounts a small tmpfs, for which it must be root. `machines` kills one of two processes, which have a torchrun
+and a copy of the model each. Linux only. Prints a Markdown table, and JSON last.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 import program
@@ -62,15 +65,20 @@ class Trial:
         self.flags = [str(word) for k, value in (flags | settings).items() for word in (f"--{k}", value)]
         out.parent.mkdir(parents=True, exist_ok=True)
 
-    def start(self, processes: int = 2, restarts: int = 0) -> None:
-        """Starts torchrun, or a single process without it."""
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--max_restarts={restarts}"]
-        launch = [*launch, f"--nproc_per_node={processes}"] if processes > 1 else []
+    def start(self, processes: int = 2, restarts: int = 0, port: int = 0) -> None:
+        """Starts torchrun, a single process without it, or at a port two torchruns of a process each."""
+        machines = 2 if port else 1
+        nodes = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --local_addr=127.0.0.1"
+        launch = ["-m", "torch.distributed.run", *(nodes.split() if port else ["--standalone"])]
+        launch += [f"--max_restarts={restarts}", f"--nproc_per_node={processes // machines}"]
+        launch = launch if processes > 1 else []
         command = [sys.executable, *launch, "clha.py", *self.flags]
         self.began = time.time()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if port else {}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            for _ in range(machines):
+                self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
     def workers(self) -> list[int]:
         """The processes that train."""
@@ -257,7 +265,26 @@ def disk(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     return result
 
 
-TRIALS = {"kills": kills, "signal": signals, "resize": resize, "disk": disk}
+def machines(args: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """A process of one of two "machines" is killed three times; both torchruns start theirs again."""
+    generator, trials = random.Random(args.seed), {}
+    for kills in (0, 3):
+        trials[kills] = trial = Trial(data, args.out / f"machines-{kills}", 200, replicate=2)
+        shutil.rmtree(trial.out, ignore_errors=True)
+        trial.log.unlink(missing_ok=True)
+        trial.start(restarts=kills, port=get_free_port())
+        for kill in range(kills):
+            trial.until(lambda wanted=50 * kill + 25: trial.steps() >= wanted)  # noqa: B023
+            trial.kill(False, generator)
+        trial.finish()
+    same = trials[3].weights().read_bytes() == trials[0].weights().read_bytes()
+    logged = [row["step"] for _, row in read_jsonl(trials[3].out / "metrics.jsonl")]
+    resumes = trials[3].log.read_text().count("resume  from")
+    once = logged == list(range(1, 201))
+    return {"kills": 3, "resumes": resumes, "every step logged once": once, "weights identical": same}
+
+
+TRIALS = {"kills": kills, "signal": signals, "resize": resize, "disk": disk, "machines": machines}
 
 
 def main() -> None:
