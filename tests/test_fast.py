@@ -162,14 +162,19 @@ def plain_flex_attention(*tensors: torch.Tensor, training: bool, **more: Any) ->
     return flex_attention.flex_attention(*tensors, **more)
 
 
-def test_the_compiled_kernel_gives_the_log_probs_of_sdpa_and_is_compiled_once(compiler: Any) -> None:
-    model = tiny()
+@pytest.mark.parametrize("whole_layers", [False, True])
+def test_the_compiled_kernel_gives_the_log_probs_of_sdpa_and_is_compiled_once(
+    whole_layers: bool, compiler: Any
+) -> None:
+    model = tiny().train(whole_layers)
+    plain_model = tiny()
+    fast.wrap_layers(list(model.model.layers), "none", compile=whole_layers)
     with torch.no_grad():
         for seed in range(3):  # other queries, another number of them, in packs of one length
             examples = random_queries(20 + seed, seed)
             plain, filled = clha.pack(examples), clha.pack(examples, fill_to=8 * fast.TILE)
             assert filled["input_ids"].shape[1] == 8 * fast.TILE
-            expected = clha.sequence_logps(model, plain)[0]
+            expected = clha.sequence_logps(plain_model, plain)[0]
             torch.testing.assert_close(clha.sequence_logps(model, filled)[0], expected, rtol=1e-5, atol=1e-4)
     assert compiler["unique_graphs"] == 1
 
