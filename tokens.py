@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def write_examples(
         partial_path.rename(out)
     except BaseException:
         partial_path.unlink(missing_ok=True)
-        for folder in new_folders:
-            folder.rmdir()
+        with suppress(OSError):  # another program may have put something there
+            for folder in new_folders:
+                folder.rmdir()
         raise
