@@ -208,8 +208,9 @@ def encode(
 def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
     """Rewards (B, l) of B queries, or other numbers that `name` has: NaN where a query has fewer than l
     replies, 0 if it is not scored."""
-    rows = [torch.tensor(e[name] or [0] * len(e["response_ids"]), dtype=torch.float32) for e in examples]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
+    rows = [example[name] or [0] * len(example["response_ids"]) for example in examples]
+    width = max(map(len, rows))
+    return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float32)
 
 
 def size(example: Example) -> int:
@@ -405,7 +406,7 @@ def clha_loss(
 
 
 def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor) -> dict[str, Tensor]:
-    """What is logged beside the losses, each (B,); README.md explains them."""
+    """What is logged beside the losses, each (B,); docs/metrics.md explains them."""
     pairs, _ = rescore(rewards, None)  # (B, l, l)
     right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
     best, worst = avg_logps[:, 0], pick(avg_logps, rewards.isfinite().sum(1) - 1)

@@ -44,6 +44,7 @@ class Examples(Sequence):
 
     def __init__(self, path: Path) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.parts = self.table.to_batches()  # all but the last have the same number of rows
         prompts, replies = self.table["prompt_ids"], self.table["response_ids"]
         count = pa.compute.list_value_length
         self.replies: list[int] = count(replies).to_pylist()
@@ -60,7 +61,8 @@ class Examples(Sequence):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        [example] = self.table.slice(i, 1).to_pylist()
+        part, row = divmod(i, len(self.parts[0]))
+        [example] = self.parts[part].slice(row, 1).to_pylist()
         return example | {name: values[i] for name, values in self.more.items()}
 
     def outlines(self) -> list[dict[str, Any]]:
