@@ -114,7 +114,8 @@ def head_gives_logps(model: PreTrainedModel, targets: Tensor, rows: int) -> Iter
 
     def in_chunks(states: Tensor) -> Tensor:  # (1, M, d) -> (1, M)
         chunks = zip(states[0].split(rows), targets.split(rows), strict=True)
-        return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])[None]
+        found = [checkpoint(logps, *chunk, use_reentrant=False)[None] for chunk in chunks]
+        return torch.cat(found, dim=1)
 
     head.forward = in_chunks
     try:

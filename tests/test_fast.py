@@ -90,11 +90,11 @@ def test_two_processes_train_alike_by_every_way(world: Path, tmp_path: Path) -> 
     plain = train_with_two(world, tmp_path / "plain")
     before = load_file(world / "init" / "model.safetensors")
     assert max((plain[name] - before[name]).abs().max() for name in plain) > 2e-5
+    copies = ["--replicate", "2", "--activation_checkpointing", "selective"]
     ways = {
         "chunks": train_with_two(world, tmp_path / "chunks", logits=768 * 9),
-        "selective": train_with_two(world, tmp_path / "selective", "--activation_checkpointing", "selective"),
         "compiled": train_with_two(world, tmp_path / "compiled", "--compile"),
-        "two copies": train_with_two(world, tmp_path / "copies", "--replicate", "2"),
+        "copies": train_with_two(world, tmp_path / "copies", *copies),
     }
     for weights in ways.values():
         for name, weight in plain.items():

@@ -133,7 +133,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     clha.sequence_logps(model, clha.pack(examples))
     with FlopCounterMode(display=False) as counter:
         clha.sequence_logps(model, clha.pack(examples))[0].sum().backward()
-    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "scaled_dot" not in str(op))
+    counted = counter.get_flop_counts()["Global"].items()  # bmm: of the angles, in some versions
+    products = sum(n for op, n in counted if str(op) in ("aten.mm", "aten.addmm"))
     seen = sum(int(mask.sum()) for mask in clha.query_masks(clha.pack(examples)))
     needed, done = plan.flops(size, queries, "none")
     assert needed == done == products + 12 * size.layers * size.width * seen
