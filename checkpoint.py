@@ -87,9 +87,11 @@ class Run:
     """
 
     def __init__(
-        self, config: Any, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: Any
-    ) -> None:
+        self, config: Any, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: Any,
+        fill_to: int = 0,
+    ) -> None:  # fmt: skip
         self.config, self.model, self.optimizer, self.scheduler = config, model, optimizer, scheduler
+        self.fill_to = fill_to  # of `clha.pack`
         self.device, self.rank = next(model.parameters()).device, dist.get_rank()
         self.output = Path(config.output_dir)
         self.folder = self.output / "checkpoints"
@@ -191,7 +193,7 @@ class Run:
 
         self.skipped += 1
         self.bad_in_a_row += 1
-        logps = baselines.all_logps(self.model, examples, self.config.pack_tokens)
+        logps = baselines.all_logps(self.model, examples, self.config.pack_tokens, self.fill_to)
         guilty = [e["id"] for e, row in zip(examples, logps, strict=True) if not all(map(math.isfinite, row))]
         named = guilty or [example["id"] for example in examples]
         if self.rank == 0:

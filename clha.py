@@ -97,7 +97,7 @@ class Config:
     epochs: float = option(2, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "if above 0, stop after so many steps")
     batch_size: int = option(128, "queries a step, over all processes (train_hh.sh: 8 GPUs x 2 x 8)")
-    pack_tokens: int = option(0, "tokens of one forward pass of a process; 0: 8192 on a GPU, 1024 on a CPU")
+    pack_tokens: int = option(0, "most tokens of a process's forward pass; 0: 8192 on a GPU, 1024 on a CPU")
     lr_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up (release: constant)")
     warmup_steps: int = option(0, "of linear warm-up (release: none)")
     weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
@@ -108,10 +108,10 @@ class Config:
     activation_checkpointing: Literal["full", "selective", "none"] = option(
         "full", "selective: matrix products are kept, the rest is made again; none: faster, most memory")
     attention: Literal["auto", "flex", "sdpa"] = option(
-        "auto", "flex: one kernel for a pack of fixed length; sdpa: query by query; auto: flex on a GPU")
-    compile: bool = option(False, "compile each layer: faster on a GPU, after a first minute")
+        "auto", "flex: one kernel, packs of one length; sdpa: query by query; auto: flex on a GPU, if it can")
+    compile: bool = option(False, "compile each layer: with flex, faster after a first minute")
     replicate: int = option(1, "whole copies of the sharded model, such as one a machine (HSDP)")
-    token_cache: str = option("", "folder of tokenised data, for runs to share; else tokens/ of the output")
+    token_cache: str = option("", "folder of tokenised data, which all machines see; else OUTPUT_DIR/tokens")
     # Watching
     eval_every: int = option(100, "steps between two evaluations of --dev_data")
     reward_model: str = option("", "folder or hub name: also reward the greedy replies to --dev_data")
@@ -281,6 +281,7 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if isinstance(masks, BlockMask):
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves float32
         return flex_attention_forward(module, query, key, value, masks, scaling=scaling, dropout=dropout)
     sizes, window = [len(mask) for mask in masks], kwargs.get("sliding_window") or math.inf
     if kwargs.get("softcap") or window < max(sizes):
@@ -578,8 +579,9 @@ def train(config: Config) -> None:
     model = load_model(
         config.model, device, dtype, checkpointing=config.activation_checkpointing, compile=config.compile,
         replicate=config.replicate)
-    flex = fast.uses_flex(model, config.attention)
-    fill_to = fast.pack_length(examples.sizes, order, config.pack_tokens) if flex else 0
+    longest = max([*examples.sizes, *(dev_examples.sizes if dev_examples else [])])
+    flex = fast.uses_flex(model, config.attention, longest, config.compile)
+    fill_to = fast.pack_length(examples.sizes, order, config.pack_tokens, longest) if flex else 0
     if config.objective != "clha":
         import baselines
         config.rescore, loss_fn = False, baselines.make_loss(
@@ -591,7 +593,7 @@ def train(config: Config) -> None:
     optimizer = adamw(model.parameters(), config.learning_rate)
     schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
-    run = Run(config, model, optimizer, scheduler)  # where another one stopped, or at step 0
+    run = Run(config, model, optimizer, scheduler, fill_to)  # where another one stopped, or at step 0
     if run.step > len(order):
         raise InputError(f"{output}: has done {run.step} steps already, more than the {len(order)} wanted")
     if rank == 0:

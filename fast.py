@@ -1,6 +1,7 @@
 """What makes large models go, and go fast, beside the plain way that clha.py shows; both give the same.
 
-- Attention of a pack in one kernel (flex_attention), for packs of one fixed length: nothing recompiles.
+- Attention of a pack in one kernel (flex_attention); all packs of a run have one length, so that it is
+  compiled once.
 - The LM head in chunks: of a pack of 8,192 tokens LLaMA-7B would hold gigabytes of logits and their copies.
 - Layers that keep less for the backward pass, or are compiled; packs that are made ahead of their use.
 """
@@ -28,19 +29,24 @@ from records import InputError
 TILE = 128  # positions: the side of a block of flex_attention's
 
 
-def uses_flex(model: PreTrainedModel, attention: str) -> bool:
+def uses_flex(model: PreTrainedModel, attention: str, longest: int, compile: bool = False) -> bool:
     """Whether packs go through flex_attention: by --attention, and "auto" where it can.
 
-    Raises InputError where it is asked for and can't: its backward pass needs a GPU, and it has no dropout;
-    windows and soft caps are not in the mask of a pack.
+    Raises InputError where it is asked for and can't: its backward pass needs a GPU, it has no dropout, and
+    soft caps, or windows shorter than the `longest` query, are not in the mask of a pack. And where layers
+    are to be compiled without it: each number of queries would be compiled anew.
     """
     config = model.config.get_text_config()
-    hindrances = ["attention_dropout", "attn_pdrop", "sliding_window", "attn_logit_softcapping"]
+    hindrances = ["attention_dropout", "attn_pdrop", "attn_logit_softcapping"]
     there = [name for name in hindrances if getattr(config, name, None)]
+    there += ["sliding_window"] if (getattr(config, "sliding_window", None) or longest) < longest else []
     reason = f"with {there[0]}" if there else "without a GPU" if model.device.type != "cuda" else ""
     if attention == "flex" and reason:
         raise InputError(f"--attention flex: can't be used {reason}; sdpa can")
-    return attention != "sdpa" and not reason
+    flex = attention != "sdpa" and not reason
+    if compile and not flex:
+        raise InputError(f"--compile: needs flex_attention, not used {reason or 'with --attention sdpa'}")
+    return flex
 
 
 def block_mask(batch: dict[str, Any]) -> BlockMask:
@@ -57,8 +63,8 @@ def block_mask(batch: dict[str, Any]) -> BlockMask:
 
     tile = torch.arange(len(owner) // TILE, device=owner.device)
     first = start[::TILE] // TILE
-    columns = (first[:, None] + tile).clamp(max=len(tile) - 1)  # of those only the first few count
     number = tile - first + 1
+    columns = (first[:, None] + tile).clamp(max=len(tile) - 1)  # of a row only its first `number` are read
     return BlockMask.from_kv_blocks(
         number[None, None].int(), columns[None, None].int(), BLOCK_SIZE=TILE, mask_mod=may_see
     )
@@ -67,11 +73,12 @@ def block_mask(batch: dict[str, Any]) -> BlockMask:
 PASS = 512  # tokens that a pass without any costs: it moves all weights and gradients. An estimate
 
 
-def pack_length(sizes: list[int], order: list[tuple[float, list[int]]], limit: int) -> int:
+def pack_length(sizes: list[int], order: list[tuple[float, list[int]]], limit: int, longest: int = 0) -> int:
     """The length of all packs, at most `limit` if the longest query allows, that makes the steps cheapest.
 
     `sizes` are the tokens of all queries, `order` the steps as in `clha.data_order`. A step's packs should be
-    nearly full on every process; what is missing is filled, and computed.
+    nearly full on every process; what is missing is filled, and computed. `longest` is that of other queries
+    which will be packed too.
     """
     import clha
 
@@ -81,15 +88,22 @@ def pack_length(sizes: list[int], order: list[tuple[float, list[int]]], limit: i
     def cost(length: int) -> int:
         return (length + PASS) * sum(len(clha.deal(batch, length, processes)) for batch in batches)
 
-    longest = math.ceil(max(sizes) / TILE) * TILE
-    return min(range(longest, max(limit, longest) + 1, TILE), key=cost)
+    least = math.ceil(max(longest, *sizes) / TILE) * TILE
+    return min(range(least, max(limit, least) + 1, TILE), key=cost)
+
+
+def filled(tokens: int) -> int:
+    """The length that a pack of so many tokens is filled to where lengths vary: TILE, 2 TILE, 4 TILE, ..."""
+    return TILE << ((tokens - 1) // TILE).bit_length()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The LM head
 
 LOGITS = 2**25  # that exist at a time: 128 MiB in float32, and a few copies of it
-SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of logits, after the head
+SCALES = (  # of logits, after the head
+    "final_logit_softcapping", "lm_head_multiplier", "logit_scale", "logits_scaling", "output_multiplier",
+)  # fmt: skip
 
 
 def rows_at_a_time(model: PreTrainedModel) -> int | None:
@@ -127,7 +141,8 @@ def head_gives_logps(model: PreTrainedModel, targets: Tensor, rows: int) -> Iter
 # ------------------------------------------------------------------------------------------------------------
 # Layers
 
-# What "selective" keeps for the backward pass: the results of matrix products and of attention.
+# What "selective" keeps for the backward pass: the results of matrix products and of attention; of
+# flex_attention only in layers that are compiled, as else it is one operation that nothing sees into.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

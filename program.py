@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -143,7 +144,8 @@ def init_process() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **rendezvous())
+        hour = timedelta(hours=1)  # others wait for the first one, which reads the model, and tokenises
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hour, **rendezvous())
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -186,7 +188,8 @@ def describe(model: PreTrainedModel, data: Any, steps: int, config: Any, fill_to
     import clha
 
     parameters = sum(p.numel() for p in model.parameters())
-    processes, queries, examples = dist.get_world_size() // config.replicate, len(data), data.outlines()
+    processes, queries, examples = dist.get_world_size(), len(data), data.outlines()
+    shards = processes // config.replicate
     target = torch.tensor([e["chosen"] for e in examples]) if config.sft_target == "chosen" else None
     rewards = clha.reply_matrix(examples)
     keep, gate = clha.rescore(rewards, config.min_reward_gap if config.rescore else None, target)
@@ -195,13 +198,13 @@ def describe(model: PreTrainedModel, data: Any, steps: int, config: Any, fill_to
     of_clha = f", margin {config.margin:g}, reduction {config.reduction}" * (config.objective == "clha")
     return (
         f"model   {parameters / 1e6:,.1f} M parameters; weights, gradients and AdamW: "
-        f"{16 * parameters / processes / 2**30:.2f} GiB on each of {processes} process(es)\n"
+        f"{16 * parameters / shards / 2**30:.2f} GiB on each of {processes} process(es)\n"
         f"data    {queries:,} queries of {sum(data.sizes) / queries:.0f} tokens; "
         f"in {cut:.1%} the prompt or a reply is cut\n"
         f"rescore {kept:.1%} of pairs kept, {1 - gate.float().mean():.1%} of queries gated (not imitated)\n"
         f"loss    {config.objective}, alpha {config.alpha:g}{of_clha}\n"
         f"train   {steps:,} steps of {config.batch_size} queries, learning rate {config.learning_rate:g}; "
-        f"packs of {fill_to or config.pack_tokens:,} tokens{'' if fill_to else ' at most'}"
+        f"packs of {fill_to or config.pack_tokens:,} tokens{', flex' if fill_to else ' at most, sdpa'}"
     )
 
 

@@ -97,8 +97,8 @@ class RewardModel:
     def rewards(self, queries: list[clha.Example]) -> Tensor:
         """Rewards (B, l) of B queries in float32: the head at the last token of each reply of a pack."""
         if layer := head(self.model):
-            flex = fast.uses_flex(self.model, "auto")
-            fill_to = math.ceil(self.pack_tokens / fast.TILE) * fast.TILE if flex else 0
+            flex = fast.uses_flex(self.model, "auto", self.max_length)
+            fill_to = fast.filled(sum(map(clha.size, queries))) if flex else 0
             batch = clha.pack(queries, self.model.device, fill_to)
             hidden = clha.forward_pack(self.model.base_model, batch).last_hidden_state[0]  # (N, d)
             return layer(hidden[batch["last"]])[..., 0].float()  # (B, l, d) -> (B, l)

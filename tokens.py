@@ -7,7 +7,7 @@ seen. However many records there are, a process holds only those that it works o
 
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
@@ -16,7 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
+import tokenizers
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -75,7 +77,10 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     """The token ids of many texts; "</s>" in a text is four characters there, not the end of a reply."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return tokenizer(texts, split_special_tokens=True).input_ids
-    backend.encode_special_tokens = True  # the same as above, but without offsets and masks: half the time
+    # The same as above, but without offsets and masks: half the time.
+    backend.encode_special_tokens = True
+    backend.no_truncation()  # which a tokenizer.json may ask for, as of an earlier training
+    backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 
@@ -98,6 +103,8 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: Any) ->
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
+    if not outcome[0].is_file():
+        raise InputError(f"{outcome[0]}: must be on a file system that all machines see (--token_cache)")
     return Examples(outcome[0])
 
 
@@ -115,8 +122,9 @@ def find_or_write(path: str, tokenizer: PreTrainedTokenizerBase, config: Any) ->
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab())
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    key = hashlib.sha256(repr([content, vocabulary, ends, need, limits, hindsight]).encode())
-    for name in ("clha.py", "tokens.py", "baselines.py"):
+    versions = [tokenizers.__version__, transformers.__version__]
+    key = hashlib.sha256(repr([content, vocabulary, ends, need, limits, hindsight, versions]).encode())
+    for name in ("clha.py", "tokens.py", "records.py", "baselines.py"):
         key.update(Path(__file__).with_name(name).read_bytes())
     out = Path(config.token_cache or Path(config.output_dir) / "tokens") / f"{key.hexdigest()[:16]}.arrow"
     if not out.exists():
@@ -141,7 +149,7 @@ def write_examples(
         ids = iter(token_ids(tokenizer, [text for row in texts for text in row]))
         return part, [list(islice(ids, len(row))) for row in texts]
 
-    partial_path = out.with_suffix(f".{os.getpid()}.partial")
+    partial_path = out.with_suffix(f".{secrets.token_hex(4)}.partial")  # of this process alone
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = 0

@@ -116,7 +116,7 @@ class Trainer:
             buffer.copy_(same.get_buffer(name))
         how = {"weight_decay": self.settings.weight_decay, "fused": self.device.type == "cuda"}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.settings.learning_rate, **how)
-        self.flex = fast.uses_flex(self.model, "auto")
+        self.flex = fast.uses_flex(self.model, "auto", 640)  # the longest of lengths.py
 
     def drop(self) -> None:
         """Gives back the memory, also where FSDP holds on to the model: after an error in a backward pass."""

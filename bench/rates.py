@@ -58,7 +58,7 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
             weight.to_local().normal_(0, 0.02)
         for buffer in model.buffers():
             buffer.fill_(0.01)  # any rotary frequency takes as long
-    flex = fast.uses_flex(model, config.attention)
+    flex = fast.uses_flex(model, config.attention, max(examples.sizes), config.compile)
     fill_to = fast.pack_length(examples.sizes, order, config.pack_tokens) if flex else 0
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=device.type == "cuda")
     loss = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "alpha": 0.05}

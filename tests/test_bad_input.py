@@ -243,6 +243,7 @@ CASES = [
     (CLHA + " --replicate 2", GOOD, "--replicate 2: must divide the 1 processes"),
     (CLHA + " --attention flex", GOOD, "--attention flex: can't be used without a GPU; sdpa can"),
     (CLHA + " --attention fast", GOOD, "invalid choice: 'fast'"),
+    (CLHA + " --compile", GOOD, "--compile: needs flex_attention, not used without a GPU"),
     (CLHA + " --activation_checkpointing half", GOOD, "invalid choice: 'half'"),
     (CLHA + " --token_cache {file}", GOOD, "data.jsonl: is a file; it must be a folder"),
     (CLHA + " --token_cache {file}/x", GOOD, "data.jsonl is a file; nothing can be put below it"),

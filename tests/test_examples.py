@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import clha
 import tokens
@@ -70,6 +70,19 @@ def test_many_texts_have_the_ids_that_they_have_alone(data: Path, tokenizer: Any
     alone = [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
     assert tokens.token_ids(tokenizer, texts) == alone
     assert all(row[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in row for row in alone)
+
+
+def test_what_a_tokenizer_was_saved_with_cuts_and_pads_nothing(
+    world: Path, data: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    texts = clha.texts(read_records(data)[0])
+    expected = tokens.token_ids(tokenizer, texts)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    tokenizer.save_pretrained(tmp_path)
+    assert '"max_length": 5' in (tmp_path / "tokenizer.json").read_text()
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokens.token_ids(again, texts) == expected
 
 
 def test_records_without_ids_and_rewards_are_named_by_their_line(tmp_path: Path, tokenizer: Any) -> None:

@@ -76,7 +76,8 @@ def train_with_two(world: Path, out: Path, *flags: str, logits: int = 2**30) -> 
     if not data.exists():
         records = [r | {"rewards": [1.0, -1.0]} for r in read_records(world / "train.jsonl")[:24]]
         write_jsonl(data, records)
-    program = f"import sys, fast, clha; fast.LOGITS = {logits}; clha.train(clha.parse_args(sys.argv[1:]))"
+    program = f"import sys, fast, clha; fast.LOGITS = {logits}; "
+    program += "fast.uses_flex = lambda *_: False; clha.train(clha.parse_args(sys.argv[1:]))"
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python"
     settings = f"--model {world / 'init'} --train_data {data} --output_dir {out} --max_steps 3 --batch_size 8"
     command = [sys.executable, *launch.split(), sys.executable, "-c", program, *settings.split(), *flags]
@@ -181,12 +182,20 @@ def test_the_compiled_kernel_gives_the_log_probs_of_sdpa_and_is_compiled_once(
 
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [({}, "without a GPU"), ({"attention_dropout": 0.1}, "with attention_dropout")],
+    [
+        ({}, "without a GPU"),
+        ({"attention_dropout": 0.1}, "with attention_dropout"),
+        ({"sliding_window": 99}, "with sliding_window"),
+        ({"sliding_window": 100}, "without a GPU"),
+    ],
 )
 def test_flex_attention_is_refused_where_it_has_no_way(more: dict[str, Any], reason: str) -> None:
-    assert not fast.uses_flex(tiny(**more), "auto") and not fast.uses_flex(tiny(**more), "sdpa")
-    with pytest.raises(InputError, match=reason):
-        fast.uses_flex(tiny(**more), "flex")
+    model = tiny(**more)
+    assert not fast.uses_flex(model, "auto", 100) and not fast.uses_flex(model, "sdpa", 100)
+    with pytest.raises(InputError, match=f"--attention flex: can't be used {reason}"):
+        fast.uses_flex(model, "flex", 100)
+    with pytest.raises(InputError, match=f"--compile: needs flex_attention, not used {reason}"):
+        fast.uses_flex(model, "auto", 100, compile=True)
 
 
 def test_the_length_of_packs_is_the_cheapest() -> None:
@@ -195,6 +204,12 @@ def test_the_length_of_packs_is_the_cheapest() -> None:
     assert fast.pack_length([500] * 10, order, 8192) == 5120  # all in one, 120 too many
     assert fast.pack_length([500] * 10, order, 4096) == 2560  # 2 x (2560 + 512); one by one: 10 x 1024
     assert fast.pack_length([5000, *[500] * 9], order, 1024) == 5120  # the longest query is not divided
+    assert fast.pack_length([500] * 10, order, 1024, longest=1400) == 1408  # one of the dev set
+
+
+def test_packs_of_other_lengths_are_filled_to_a_few() -> None:
+    lengths = [fast.filled(tokens) for tokens in (1, 128, 129, 256, 257, 512, 513, 8192)]
+    assert lengths == [128, 128, 256, 256, 512, 512, 1024, 8192]
 
 
 # Layers
