@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_logps import MODELS, random_queries, tiny
-from torch.nn.attention import flex_attention
+from test_logps import MODELS, flex_of_plain_operations, random_queries, tiny
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import GraniteConfig, GraniteForCausalLM
-from transformers.integrations import flex_attention as integration
 
 import clha
 import fast
@@ -149,18 +147,11 @@ def test_the_mask_of_flex_attention_is_that_of_the_queries() -> None:
 def test_flex_attention_gives_the_log_probs_and_gradients_of_sdpa(
     more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a CPU its kernel has no backward pass, and it must be asked to make one of plain operations.
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain_flex_attention)
+    flex_of_plain_operations(monkeypatch)
     model, (plain, filled) = tiny(**more), filled_pack()
     expected = logps_and_gradients(model, plain)
     for ours, theirs in zip(logps_and_gradients(model, filled), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def plain_flex_attention(*tensors: torch.Tensor, training: bool, **more: Any) -> torch.Tensor:
-    """What transformers calls, but not compiled."""
-    return flex_attention.flex_attention(*tensors, **more)
 
 
 @pytest.mark.parametrize("whole_layers", [False, True])

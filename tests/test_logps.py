@@ -1,4 +1,4 @@
-"""Packs and their log-probabilities: exactly those that each reply has alone."""
+"""Packs and their log-probabilities: exactly those that each reply has alone, by both ways."""
 
 import gzip
 import json
@@ -10,9 +10,12 @@ import pytest
 import torch
 from conftest import golden
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.integrations import flex_attention as integration
 
 import clha
+import fast
 from records import InputError
 
 MODELS = [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}]
@@ -43,6 +46,25 @@ def tiny(**more: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**({"vocab_size": 64} | sizes | more))).eval()
+
+
+def flex_of_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the kernel of flex_attention has no backward pass; made of plain operations it has."""
+
+    def not_compiled(*tensors: Tensor, training: bool, **more: Any) -> Tensor:
+        return flex_attention.flex_attention(*tensors, **more)
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", not_compiled)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of a pack: clha.py's own, and filled for flex_attention with the LM head in chunks."""
+    if request.param == "fast":
+        flex_of_plain_operations(monkeypatch)
+        monkeypatch.setattr(clha, "pack", partial(clha.pack, fill_to=fast.TILE))
+        monkeypatch.setattr(fast, "LOGITS", 64 * 5)
 
 
 def plain_logps(model: LlamaForCausalLM, example: clha.Example) -> list[Tensor]:
@@ -106,6 +128,7 @@ def test_replies_without_rewards_have_reward_zero() -> None:
     assert clha.pack([query([1], [2], [3])])["rewards"].tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("more", MODELS)
 def test_log_probs_are_those_of_a_plain_forward_pass(more: dict[str, Any]) -> None:
     model, examples = tiny(**more), random_queries(5)
@@ -118,6 +141,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(more: dict[str, Any]) -> No
         assert sum_logps[b, len(plain) :].tolist() == [0] * (sum_logps.shape[1] - len(plain))
 
 
+@pytest.mark.usefixtures("path")
 def test_a_log_prob_does_not_depend_on_neighbours_or_other_replies() -> None:
     model, examples = tiny(), random_queries(6)
     together, _ = clha.sequence_logps(model, clha.pack(examples))
@@ -135,6 +159,7 @@ def gradients(model: LlamaForCausalLM, logps: Tensor) -> list[Tensor]:
     return torch.autograd.grad((logps * torch.arange(1, len(logps) + 1)).sum(), list(model.parameters()))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("more", MODELS)
 def test_gradients_are_those_of_a_padded_batch(more: dict[str, Any]) -> None:
     model, examples = tiny(**more), random_queries(4)
@@ -168,6 +193,7 @@ def test_attention_that_packs_do_not_have_is_refused() -> None:
         clha.sequence_logps(MistralForCausalLM(config), clha.pack(random_queries(1)))
 
 
+@pytest.mark.usefixtures("path")
 def test_the_reference_log_probs_are_reproduced(shared: Any) -> None:
     model = LlamaForCausalLM.from_pretrained(shared / "golden/tiny_llama", dtype=torch.float32)
     examples = golden("logprobs.json")["examples"]
@@ -186,6 +212,7 @@ def test_the_reference_log_probs_are_reproduced(shared: Any) -> None:
                 assert sum_logps[b, i].item() / n == pytest.approx(expected / n, abs=1e-4)
 
 
+@pytest.mark.usefixtures("path")
 def test_real_replies_have_the_log_probs_they_have_alone(shared: Path) -> None:
     path = shared / "hh/release_format/sampled_dev.json.gz"
     if not path.is_file():
