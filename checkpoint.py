@@ -48,7 +48,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import program
 from records import InputError, claim, new_folder
 
-# What may differ between a run and its continuation without being named: no step depends on it.
+# What may differ between a run and its continuation without being named: no step depends on it, but for
+# rounding.
 FREE = {
     "output_dir", "resume", "resume_anyway", "checkpoint_every", "keep_checkpoints", "on_save_error",
     "max_bad_steps", "save_every", "eval_every", "dev_data", "reward_model", "attention", "compile",
