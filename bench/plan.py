@@ -252,7 +252,7 @@ def main() -> None:
     flag("--gpu", choices=CARDS, default="h200", help="the card, or cpu")
     flag("--nproc", type=int, default=8, metavar="N", help="processes, one a card")
     flag("--mfu", type=float, default=0.0, metavar="F", help="share of the card's FLOP/s that is assumed")
-    flag("--rates", nargs="+", type=Path, default=RATES, metavar="FILE", help="of measured rates")
+    flag("--rates", nargs="+", type=Path, metavar="FILE", help="of measured rates, instead of those two")
     args, settings = parser.parse_known_args()
     if not 1 <= args.nproc < 2**20:
         raise InputError(f"--nproc {args.nproc}: must be 1 or more")
@@ -260,7 +260,7 @@ def main() -> None:
         raise InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         config = clha.parse_args([*settings, "--output_dir", folder])
-        rates = read_rates(args.rates)
+        rates = read_rates(args.rates or RATES)
         print(report(make_plan(config, args.gpu, args.nproc), rates, args.mfu))
 
 

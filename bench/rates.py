@@ -197,7 +197,7 @@ def parse(argv: list[str], folder: str) -> tuple[argparse.Namespace, clha.Config
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = refuse
     flag = parser.add_argument
-    flag("--rates", type=Path, default=HERE / "rates.jsonl", metavar="FILE", help="gets a line")
+    flag("--rates", type=Path, metavar="FILE", help="gets a line, instead of rates.jsonl beside this program")
     flag("--check", action="store_true", help="plan, train and compare on this machine")
     flag("--models", nargs="+", choices=lengths.MODELS, default=list(lengths.MODELS),
          help="of --check; without --model, the first is the model")  # fmt: skip
@@ -205,6 +205,7 @@ def parse(argv: list[str], folder: str) -> tuple[argparse.Namespace, clha.Config
     flag("--steps", type=int, default=3, metavar="N", help="of a trial")
     flag("--rounds", type=int, default=3, metavar="N", help="of --check: trials of each model, in turns")
     args, args.settings = parser.parse_known_args(argv)
+    args.rates = args.rates or HERE / "rates.jsonl"
     for name in ("steps", "rounds"):
         if not 1 <= getattr(args, name) < 2**20:
             raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
