@@ -556,6 +556,8 @@ def train(config: Config) -> None:
         raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
     program.check_config(config)
     torch.manual_seed(config.seed + rank)  # of dropout, in a model that has it
+    if config.deterministic:
+        program.make_deterministic()
     config.pack_tokens = config.pack_tokens or (8192 if device.type == "cuda" else 1024)
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -187,7 +187,10 @@ def choose(
 
 
 def ahead(make: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Yields make(item) of each item; that of the next one is made by a thread meanwhile."""
+    """Yields make(item) of each item; that of the next one is made by a thread meanwhile.
+
+    What it copies to a GPU waits there behind the work that is queued already, but nobody waits for it.
+    """
     with ThreadPoolExecutor(1) as thread:
         made = None
         for item in items:

@@ -89,8 +89,6 @@ def check_config(config: Any) -> None:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     if dist.get_world_size() % config.replicate:
         raise InputError(f"--replicate {config.replicate}: must divide the {dist.get_world_size()} processes")
-    if config.deterministic:
-        make_deterministic()
 
 
 def check_out(out: str | Path, kind: Literal["new", "file", "folder"]) -> None:
