@@ -134,7 +134,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Records: `read_records` of records.py reads and checks them; this is the text that a prompt stands for
+# 2. Records: `iter_records` of records.py reads and checks them; this is the text that a prompt stands for
 
 
 def render(prompt: list[dict[str, str]]) -> str:
@@ -143,7 +143,7 @@ def render(prompt: list[dict[str, str]]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Tokens
+# 3. Tokens. `load_examples` of tokens.py does this for a whole file, once, and keeps them on disk
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
@@ -231,10 +231,12 @@ def pack(examples: list[Example], device: str | torch.device = "cpu", fill_to: i
     query; start (N,) where the query of a token begins; owner (N,) which of its replies it is of, -1: the
     prompt. With `fill_to`, N is made a multiple of it by a query that counts nowhere (fast.py).
     """
+    # A part is a prompt or a reply: its query and reply (-1: the prompt), where that query begins, the tokens
+    # of its prompt, where the part begins, its tokens.
     ids, parts, sizes = [], [], [size(example) for example in examples]
     for b, example in enumerate(examples):
         start, prompt = len(ids), len(example["prompt_ids"])
-        for i, part in enumerate([example["prompt_ids"], *example["response_ids"]], -1):  # -1: the prompt
+        for i, part in enumerate([example["prompt_ids"], *example["response_ids"]], -1):
             parts.append((b, i, start, prompt, len(ids), len(part)))
             ids += part
     if fill_to and (filling := -len(ids) % fill_to):

@@ -83,8 +83,8 @@ def check_ranges(config: Any) -> None:
 def check_config(config: Any) -> None:
     """Raises InputError for settings of clha.py that can't be, before anything is loaded."""
     check_ranges(config)
-    check_out(config.output_dir, "folder")
-    check_out(config.token_cache or config.output_dir, "folder")
+    for folder in filter(None, (config.output_dir, config.token_cache)):
+        check_out(folder, "folder")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     if dist.get_world_size() % config.replicate:
