@@ -1,654 +1,1007 @@
 """CLHA, contrastive learning for human alignment (Fang et al., LREC-COLING 2024), in one file.
 
-A reward model has scored the replies to each prompt. CLHA fine-tunes a language model on them with
+A reward model has scored the responses to each prompt. CLHA fine-tunes a language model on them with
 
     L_total = sum_{i<j} (1 - k_ij) max(0, p_j - p_i + margin (j - i))  +  alpha (1 - lambda) L_sft     Eq. 3-7
 
-where p_i is the mean log-probability of the i-th best reply, k leaves out pairs whose rewards are too close,
-and lambda leaves out the imitation of a reply whose reward is not above zero. Read the file from top to
-bottom, the way the data goes through it:
+where p_i is the mean log-probability of the i-th best response, k drops pairs whose rewards are too close,
+and lambda drops the imitation of a response whose reward is not above zero. The code speaks of what stays:
+`keep` is 1 - k, `gate` is 1 - lambda. Rewards are used as they are in the file, neither scaled nor centered.
+Read from top to bottom, the way the data goes; sections 1 to 6 are the paper, the rest keeps a run alive:
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
-Launch it as one process (CPU or GPU), or on eight GPUs:
+Launch it as one process (CPU or GPU), or on eight GPUs; the same command resumes a run that was stopped:
 
     python clha.py --model MODEL --train_data train.jsonl --output_dir out
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
-A record is one JSON line: {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."],
-"rewards": [1.2, -0.3], "chosen": 0, "subset": "helpful-base", "id": "..."}.
+out/final is a Hugging Face folder that transformers, vLLM and other engines load. A record is a JSON line:
+
+    {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."], "rewards": [1.2, -0.3],
+     "chosen": 0, "subset": "helpful-base", "id": "..."}
 """
 
+import gzip
+import hashlib
+import json
 import math
+import os
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
+import filelock
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
-from torch.distributed.checkpoint import state_dict as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-import fast
-import program
-from checkpoint import Run, save_model
-from program import init_process, load_tokenizer, loading
-from records import ROLES, InputError, Record
-from tokens import load_examples, token_ids
-
-Example = dict[str, Any]  # one query as token ids: what `encode` returns
-Batch = dict[str, Any]  # some queries in one row: what `pack` returns
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Configuration. Every default stands once, with its source; every field is a flag of the command line.
+# 1. Configuration. Every field is a flag of the command line: its name, its default, and the reason for it.
+#    transformers' HfArgumentParser makes the flags, which adds no dependency.
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of `Config`: its default, and the text that --help shows."""
+    """A field of `Config`: its default, and what --help says about it."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Config:
-    """What a run is made of."""
+    """The settings of a run."""
 
-    model: str = option(MISSING, "Hugging Face folder (or hub name) of the language model to align")
-    train_data: str = option(MISSING, "scored records, JSON lines (see prepare_data.py, and reward.py score)")
-    output_dir: str = option(MISSING, "gets metrics.jsonl, config.json and final/, a Hugging Face folder")
-    dev_data: str = option("", "scored records for --eval_every")
-    recipe: Literal["default", "release"] = option("default", "release: the numbers of the released code")
-    # The method
-    objective: Literal["clha", "sft", "rrhf", "pro", "coh", "dpo"] = option(
-        "clha", "or another of the paper's table, on the same data and trainer (baselines.py)")
-    margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives none, the release has 3")
-    min_reward_gap: float = option(0.5, "k of Eq. 5: a pair trains if its rewards differ by more; release: 3")
-    alpha: float | None = option(
-        None, "weight of L_sft; if not given 0.05 (l - 1)^2, Section 3.3 (baselines.py has the others')")
-    beta: float = option(0.1, "of DPO")
-    temperatures: bool = option(True, "PRO without them: Eq. 2")
-    reduction: Literal["query", "release"] = option(
-        "query", "of Eq. 5: mean over queries; release: mean over the kept pairs of each offset j - i")
-    sft_reduction: Literal["sum", "mean"] = option("sum", "of L_sft over the reply's tokens; release: sum")
-    ranking: Literal["reward", "given"] = option(
-        "reward", "order replies by reward (Section 3.2), or trust the file, as the released loss does")
-    sft_target: Literal["best", "chosen"] = option(
-        "best", "imitate the first of the ranking (release), or the human choice (Section 2.3)")
-    rescore: bool = option(True, "every pair and every query trains: Table 3, w/o Rescore")
-    contrast: bool = option(True, "only the SFT term trains: Table 3, w/o L_clha")
+    model: str = option(MISSING, "language model to align: a Hugging Face folder or a hub name (owner/name)")
+    train_data: str = option(MISSING, "scored records, JSON lines; `python reward.py score` adds the rewards")
+    output_dir: str = option(MISSING, "receives metrics.jsonl, config.json, checkpoints/ and final/")
+    dev_data: str = option("", "scored records to evaluate the loss on")
+    # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
+    margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives no value")
+    min_reward_gap: float = option(0.5, "a pair trains only if its rewards differ by more: k of Eq. 5")
+    gate: bool = option(True, "imitate the best response only if its reward is above zero: lambda of Eq. 7")
+    alpha: float | None = option(None, "weight of L_sft; if not given 0.05 (l - 1)^2, as in Section 3.3")
     # Tokens
-    max_length: int = option(512, "tokens of a prompt and a reply together (train_hh.sh)")
-    max_prompt_length: int = option(384, "tokens of a prompt; the rest is cut from its left (train_hh.sh)")
-    # Optimisation
+    max_length: int = option(512, "tokens of a prompt and a response together; the end is cut (train_hh.sh)")
+    max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
+    # Optimization
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
-    epochs: float = option(2, "passes over the training data (Section 3.3)")
-    max_steps: int = option(0, "if above 0, stop after so many steps")
-    batch_size: int = option(128, "queries a step, over all processes (train_hh.sh: 8 GPUs x 2 x 8)")
-    pack_tokens: int = option(0, "most tokens of a process's forward pass; 0: 8192 on a GPU, 1024 on a CPU")
     lr_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up (release: constant)")
-    warmup_steps: int = option(0, "of linear warm-up (release: none)")
-    weight_decay: float = option(0.01, "of AdamW (torch's default, as released)")
+    warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
+    epochs: float = option(2.0, "passes over the training data (Section 3.3)")
+    max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
+    batch_size: int = option(128, "queries per step, over all processes (train_hh.sh: 8 GPUs x 2 x 8)")
+    weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on a GPU")
-    seed: int = option(42, "of the data order, which does not depend on the number of processes")
-    # Speed and memory (fast.py); none of these changes a number by more than rounding
-    activation_checkpointing: Literal["full", "selective", "none"] = option(
-        "full", "selective: matrix products are kept, the rest is made again; none: faster, most memory")
-    attention: Literal["auto", "flex", "sdpa"] = option(
-        "auto", "flex: one kernel, packs of one length; sdpa: query by query; auto: flex on a GPU, if it can")
-    compile: bool = option(False, "compile each layer: with flex, faster after a first minute")
-    replicate: int = option(1, "whole copies of the sharded model, such as one a machine (HSDP)")
-    token_cache: str = option("", "folder of tokenised data, which all machines see; else OUTPUT_DIR/tokens")
-    # Watching
-    eval_every: int = option(100, "steps between two evaluations of --dev_data")
-    reward_model: str = option("", "folder or hub name: also reward the greedy replies to --dev_data")
-    save_every: int = option(0, "steps between two model folders step-N (release: 600); 0: only final/")
-    # Safety (checkpoint.py)
-    checkpoint_every: int = option(100, "steps between two checkpoints; 0: only the best, and when stopped")
-    keep_checkpoints: int = option(2, "the newest, and the best by dev reward, or by dev loss")
-    resume: Literal["auto", "never"] = option("auto", "go on from the newest checkpoint in --output_dir")
-    resume_anyway: str = option("", "what may differ from the checkpoint: margin,epochs")
-    on_save_error: Literal["stop", "go_on"] = option("stop", "if a checkpoint or the log can't be written")
-    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
+    seed: int = option(42, "of the data order, which is the same for any number of processes")
+    # Speed and memory: none of these changes a result by more than rounding
+    pack_tokens: int = option(0, "most tokens of a forward pass on one process; 0: 8192 on a GPU, else 1024")
+    flex: bool = option(True, "on a GPU, attention over a pack is one kernel, flex_attention; else SDPA")
+    activation_checkpointing: Literal["full", "none"] = option("full", "layers recompute all, or nothing")
+    replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
+    token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
+    # Watching and safety
+    eval_every: int = option(100, "steps between evaluations on --dev_data")
+    save_every: int = option(0, "steps between model folders OUTPUT_DIR/step-N (release: 600); 0: none")
+    checkpoint_every: int = option(100, "steps between checkpoints to resume from; 0: only when stopped")
     deterministic: bool = option(False, "only operations that repeat their bits on a GPU: slower")
 
 
-# `default` was chosen by measurement on the toy world (the sweeps of RESULTS.md). `release` is train_hh.sh,
-# where one literal 3 is both the margin and the reward gap.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "release": {"margin": 3.0, "min_reward_gap": 3.0, "reduction": "release", "save_every": 600},
-}
+# ------------------------------------------------------------------------------------------------------------
+# 2. Records: one query per JSON line, a prompt with two or more responses (section 10 reads and checks them)
+
+Record = dict[str, Any]
+Turn = dict[str, str]
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # and their names in HH-RLHF
+
+
+class InputError(Exception):
+    """What is wrong with a user's input, and where; programs print it in one line and exit with code 2."""
+
+
+def rank(record: Record) -> Record:
+    """The record with its responses, and lists that go with them, by reward, best first (Section 3.2)."""
+    order = list(range(len(record["responses"])))
+    order.sort(key=lambda i: -record["rewards"][i])  # stable: equal rewards keep the file's order
+    ranked = dict(record)
+    for name, values in record.items():
+        if isinstance(values, list) and len(values) == len(order) and name != "prompt":
+            ranked[name] = [values[i] for i in order]
+    if "chosen" in record:
+        ranked["chosen"] = order.index(record["chosen"])
+    return ranked
+
+
+def render(prompt: list[Turn]) -> str:
+    """The text of a dialogue as in HH-RLHF, up to the response: "\\n\\nHuman: ...\\n\\nAssistant:"."""
+    turns = [f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in prompt]
+    return "".join(turns) + "\n\nAssistant:"
+
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Records: `iter_records` of records.py reads and checks them; this is the text that a prompt stands for
+# 3. Tokens: a record as ids (section 9 does this for a whole file, once, and keeps the result on disk)
+
+Example = dict[str, Any]  # what `encode` returns, and numbers per response by name, such as "rewards"
 
 
-def render(prompt: list[dict[str, str]]) -> str:
-    """The text of a dialogue as HH-RLHF has it, up to the reply: "\\n\\nHuman: ...\\n\\nAssistant:"."""
-    return "".join(f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in prompt) + "\n\nAssistant:"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Tokens. `load_examples` of tokens.py does this for a whole file, once, and keeps them on disk
+def token_ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
+    """The ids of some texts; "</s>" in a text is four characters there, not the end of a response."""
+    return tokenizer(lines, split_special_tokens=True, truncation=False, padding=False).input_ids
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
-    """The last `limit` ids of a prompt, its BOS kept. (Text that is cut may give other ids afterwards.)"""
-    if len(ids) <= limit:
-        return ids
-    return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[len(ids) - limit :]
+    """The last `limit` ids of a prompt, BOS kept. Ids are cut, not text, so the others stay the same."""
+    kept = ids[-limit:]
+    if ids[:1] == [bos]:
+        kept[0] = bos
+    return kept
 
 
-def texts(record: Record) -> list[str]:
-    """What is tokenised: the prompt, and the prompt with each reply."""
-    prompt = render(record["prompt"])
-    return [prompt, *(f"{prompt} {reply}" for reply in record["responses"])]
+def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
+    """A record as `prompt_ids` and `response_ids`, each ended by EOS where it is not cut; and some counts.
 
-
-def encode(
-    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, max_prompt_length: int = 384,
-    ranking: str = "reward", ids: list[list[int]] | None = None,
-) -> Example:
-    """A record as token ids, its replies ordered by reward, best first (as in the file if there are none).
-
-    Gives `prompt_ids`, `response_ids` (a list a reply), their `rewards` or None, where the `chosen` one now
-    is, the record's `id`, and `cut`: how many of prompt and replies were cut. EOS ends each uncut reply.
-    `ids` are those of `texts(record)`, where they are there already. Raises InputError if the prompt's ids
-    are not a prefix of the whole text's: where a tokenizer merges over the start of a reply, the reply's
-    log-probability is ill-defined.
+    Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges
+    across the start of a response, its log-probability is ill-defined.
     """
-    full_prompt, *replies = ids or token_ids(tokenizer, texts(record))
-    rewards = record.get("rewards")
-    prompt_ids = cut_prompt(full_prompt, max_prompt_length, tokenizer.bos_token_id)
-    room, cut, response_ids = max_length - len(prompt_ids), int(prompt_ids != full_prompt), []
-    order = list(range(len(replies)))
-    if rewards is not None and ranking == "reward":
-        order.sort(key=lambda i: -rewards[i])  # stable: equal rewards stay in the file's order
-    for i in order:
-        if replies[i][: len(full_prompt)] != full_prompt:
-            raise InputError(f"record {record.get('id')}: the tokenizer merges over the start of reply {i}")
-        reply = [*replies[i][len(full_prompt) :], tokenizer.eos_token_id]
-        response_ids.append(reply[:room])
-        cut += len(reply) > room
-    return {
-        "prompt_ids": prompt_ids,
-        "response_ids": response_ids,
-        "rewards": [float(rewards[i]) for i in order] if rewards is not None else None,
-        "chosen": order.index(record.get("chosen", 0)),
-        "id": record.get("id"),
-        "cut": cut,
-    }
+    prompt = render(record["prompt"])
+    texts = [prompt, *(f"{prompt} {response}" for response in record["responses"])]
+    whole_prompt, *whole_texts = token_ids(tokenizer, texts)
+    prompt_ids = cut_prompt(whole_prompt, config.max_prompt_length, tokenizer.bos_token_id)
+    room = config.max_length - len(prompt_ids)
+    cut = int(len(prompt_ids) < len(whole_prompt))  # how many of prompt and responses
+    response_ids = []
+    for i, ids in enumerate(whole_texts):
+        if ids[: len(whole_prompt)] != whole_prompt:
+            raise InputError(f"{record['id']}: the tokenizer merges across the start of response {i}")
+        response = [*ids[len(whole_prompt) :], tokenizer.eos_token_id]
+        response_ids.append(response[:room])
+        cut += int(len(response) > room)
+    size = len(prompt_ids) + sum(map(len, response_ids))  # tokens in a pack
+    return dict(prompt_ids=prompt_ids, response_ids=response_ids, id=record["id"], cut=cut, size=size)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Packs: several queries in one row, without padding, each prompt standing once for all its replies.
+# 4. Packs: several queries in one row, without padding; each prompt stands once for all its responses.
 #
 #     ids       <s> P  P  P  a  a  </s>  b  b  b  </s>  |  <s> Q  Q  c  </s>  d  d  </s>
 #     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
-#     owner     -1 -1 -1 -1  0  0   0    1  1  1   1    |  -1 -1 -1  0   0    1  1   1
+#     response  -1 -1 -1 -1  0  0   0    1  1  1   1    |  -1 -1 -1  0   0    1  1   1
 #
-# A token sees the earlier tokens of its own query that are prompt or its own reply. So each reply gets just
-# the log-probability that it has alone, and the prompt is computed once.
+# A token sees the earlier tokens of its own query that are prompt or its own response. So each response gets
+# exactly the log-probability that it has alone, and the prompt is computed once.
 
 
-def reply_matrix(examples: list[Example], name: str = "rewards") -> Tensor:
-    """Rewards (B, l) of B queries, or other numbers that `name` has: NaN where a query has fewer than l
-    replies, 0 if it is not scored."""
-    rows = [example[name] or [0] * len(example["response_ids"]) for example in examples]
-    width = max(map(len, rows))
-    return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float32)
+@dataclass
+class Pack:
+    """B queries of at most l responses as one row of N tokens, M of which belong to responses."""
+
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N), as if each response alone followed the prompt
+    mask: (
+        list[Tensor] | BlockMask
+    )  # which token sees which: a bool (n, n) per query, or one for flex_attention
+    targets: Tensor  # (M,), the tokens of the responses
+    sources: Tensor  # (M,), the place in the row whose hidden state predicts each of them
+    owners: Tensor  # (M,), b * l + i: the response that each of them belongs to
+    lengths: Tensor  # (B, l), tokens per response; 0 where a query has fewer than l
+    values: dict[str, Tensor]  # (B, l) each, such as "rewards"; NaN where a query has fewer than l
+    share: float = 1.0  # of the queries of the step
 
 
-def size(example: Example) -> int:
-    """Tokens that a query takes in a pack."""
-    return len(example["prompt_ids"]) + sum(map(len, example["response_ids"]))
-
-
-MORE = {"reference_logps"}  # what an example may have for its objective beside rewards, a number a reply
-
-
-def pack(examples: list[Example], device: str | torch.device = "cpu", fill_to: int = 0) -> Batch:
-    """B queries of at most l replies as one row of N tokens; M of them belong to replies.
-
-    input_ids, position_ids (1, N); targets (M,) the tokens of the replies, predict_at (M,) the positions that
-    predict them, reply (M,) the reply b * l + i they belong to; lengths (B, l), 0 where a query has fewer
-    replies; last (B, l) the positions of the replies' last tokens; rewards (B, l) as in `reply_matrix`, and
-    in `more` what else the objective needs, by name; chosen (B,). For attention: sizes, the tokens of each
-    query; start (N,) where the query of a token begins; owner (N,) which of its replies it is of, -1: the
-    prompt. With `fill_to`, N is made a multiple of it by a query that counts nowhere (fast.py).
-    """
-    # A part is a prompt or a reply: its query and reply (-1: the prompt), where that query begins, the tokens
-    # of its prompt, where the part begins, its tokens.
-    ids, parts, sizes = [], [], [size(example) for example in examples]
+def pack(examples: list[Example], device: torch.device | str = "cpu", length: int = 0) -> Pack:
+    """Examples as one Pack; for flex it is filled to `length` tokens, and the filling counts nowhere."""
+    ids: list[int] = []
+    position: list[int] = []
+    response: list[int] = []  # per token: the index of its response, -1 for the prompt
+    query: list[int] = []  # per token: the index of its query
+    sources: list[int] = []
+    owners: list[int] = []
+    width = max(len(example["response_ids"]) for example in examples)  # l
+    lengths = torch.zeros(len(examples), width, dtype=torch.long)
     for b, example in enumerate(examples):
-        start, prompt = len(ids), len(example["prompt_ids"])
-        for i, part in enumerate([example["prompt_ids"], *example["response_ids"]], -1):
-            parts.append((b, i, start, prompt, len(ids), len(part)))
-            ids += part
-    if fill_to and (filling := -len(ids) % fill_to):
-        parts.append((len(examples), -1, len(ids), filling, len(ids), filling))
-        ids, sizes = ids + ids[:1] * filling, [*sizes, filling]
-    parts, ids = torch.tensor(parts).T, torch.tensor(ids)  # (6, parts), (N,)
-    place = torch.arange(len(ids))
-    b, owner, start, prompt, begin, _ = parts.repeat_interleave(parts[-1], dim=1)  # of each token: (N,)
-    in_reply = owner >= 0
-    rewards = reply_matrix(examples)  # (B, l)
-    position = place - begin + in_reply * prompt
-    before = torch.where(place == begin, start + prompt, place) - 1  # a reply begins after its prompt's end
-    lengths, last = torch.zeros(2, *rewards.shape, dtype=torch.long)
-    query, i, _, _, first, length = parts[:, parts[1] >= 0]  # of each reply
-    lengths[query, i], last[query, i] = length, first + length - 1
-    batch = {
-        "input_ids": ids[None], "position_ids": position[None], "targets": ids[in_reply],
-        "predict_at": before[in_reply], "reply": (b * rewards.shape[1] + owner)[in_reply],
-        "lengths": lengths, "last": last, "rewards": rewards, "start": start, "owner": owner,
-        "chosen": torch.tensor([example["chosen"] for example in examples]),
-    }
-    more = {name: reply_matrix(examples, name).to(device) for name in MORE & examples[0].keys()}
-    batch = {name: value.to(device) for name, value in batch.items()}
-    return batch | {"sizes": sizes, "fill_to": fill_to, "more": more}
+        prompt = example["prompt_ids"]
+        ids += prompt
+        position += range(len(prompt))
+        response += [-1] * len(prompt)
+        prompt_end = len(ids) - 1  # predicts the first token of every response
+        for i, tokens in enumerate(example["response_ids"]):
+            sources += [prompt_end, *range(len(ids), len(ids) + len(tokens) - 1)]
+            owners += [b * width + i] * len(tokens)
+            lengths[b, i] = len(tokens)
+            ids += tokens
+            position += range(len(prompt), len(prompt) + len(tokens))
+            response += [i] * len(tokens)
+        query += [b] * (len(ids) - len(query))
+    targets = [token for token, i in zip(ids, response, strict=True) if i >= 0]
+    if length:
+        filling = length - len(ids)
+        ids += ids[:1] * filling
+        position += range(filling)
+        response += [-1] * filling
+        query += [len(examples)] * filling
+
+    tensor = partial(torch.tensor, device=device)
+    make_mask = flex_mask if length else query_masks
+    mask = make_mask(tensor(query), tensor(response))
+    names = examples[0].keys() - {"prompt_ids", "response_ids", "id", "cut", "size"}
+    values = {name: response_values(examples, name).to(device) for name in names}
+    row = (tensor([ids]), tensor([position]), mask, tensor(targets), tensor(sources), tensor(owners))
+    return Pack(*row, lengths.to(device), values)
 
 
-def query_masks(batch: Batch) -> list[Tensor]:
-    """Of each query of a pack a bool (n, n) for its n tokens: may the row see the column?"""
-    owners = batch["owner"].split(batch["sizes"])
-    return [((owner == -1) | (owner == owner[:, None])).tril() for owner in owners]
+def response_values(examples: Iterable[Example], name: str) -> Tensor:
+    """Numbers per response, such as rewards, as (B, l); NaN where a query has fewer than l."""
+    rows = [torch.tensor(example[name], dtype=torch.float32) for example in examples]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
-def shared_prefix_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    masks: list[Tensor] | BlockMask | None = None, scaling: float | None = None, dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention in a pack, query by query, as strangers never meet: (1, heads, N, d) -> (1, N, heads, d).
-
-    With a BlockMask one kernel does the same. Without `masks` it is transformers' own, so that the same model
-    can also generate.
-    """
-    if masks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if isinstance(masks, BlockMask):
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves float32
-        return flex_attention_forward(module, query, key, value, masks, scaling=scaling, dropout=dropout)
-    sizes, window = [len(mask) for mask in masks], kwargs.get("sliding_window") or math.inf
-    if kwargs.get("softcap") or window < max(sizes):
-        raise InputError(f"{type(module).__name__}: packs have no soft-capped or sliding-window attention")
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout,
-                     enable_gqa=query.shape[1] != key.shape[1])
-    parts = [
-        attend(q, k, v, attn_mask=mask)
-        for q, k, v, mask in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), masks, strict=True)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+def query_masks(query: Tensor, response: Tensor) -> list[Tensor]:
+    """A bool (n, n) for each query of a pack: may the token of the row see the token of the column?"""
+    parts = response.split(query.bincount().tolist())  # (n,) each
+    return [((own == -1) | (own == own[:, None])).tril() for own in parts]
 
 
-transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
-transformers.AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+def flex_mask(query: Tensor, response: Tensor) -> BlockMask:
+    """The same as one mask for flex_attention, which computes on a GPU only the tiles that are not empty."""
 
+    def may_see(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        prompt_or_same = (response[column] == -1) | (response[column] == response[row])
+        return (query[column] == query[row]) & (column <= row) & prompt_or_same
 
-def forward_pack(model: PreTrainedModel, batch: Batch, **kwargs: Any) -> Any:
-    """A forward pass of a Hugging Face decoder over a pack; gives the decoder's output."""
-    if model.config._attn_implementation != "shared_prefix":
-        model.set_attn_implementation("shared_prefix")
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    masks = fast.block_mask(batch) if batch["fill_to"] else query_masks(batch)
-    # A mask of four dimensions keeps transformers from making one of its own; ours are in `masks`.
-    unused = inputs["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
-    return model(**inputs, attention_mask=unused, masks=masks, use_cache=False, **kwargs)
-
-
-def sequence_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed log-probability of each reply, EOS included, and its length in tokens: (B, l), (B, l).
-
-    The LM head runs on the M positions that predict a reply's token, not on all N; and if their logits would
-    be too many to hold, in chunks (fast.py).
-    """
-    predict_at, targets, rows = batch["predict_at"], batch["targets"], fast.rows_at_a_time(model)
-    if rows is None or len(targets) <= rows:
-        logits = forward_pack(model, batch, logits_to_keep=predict_at).logits[0]  # (M, V)
-        token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (M,)
-    else:
-        with fast.head_gives_logps(model, targets, rows):
-            token_logps = forward_pack(model, batch, logits_to_keep=predict_at).logits[0]  # (M,)
-    lengths = batch["lengths"]
-    sum_logps = token_logps.new_zeros(lengths.numel()).index_add(0, batch["reply"], token_logps)
-    return sum_logps.view_as(lengths), lengths
+    return create_block_mask(may_see, None, None, len(query), len(query), device=query.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Rescoring and the losses, pure functions of log-probs and rewards (B, l). A query's replies stand best
-#    first; one of fewer than l replies has NaN rewards, and any finite log-probs, in the places left empty.
+# 5. Log-probabilities of the responses, by any Hugging Face decoder whose attention is told about packs
 
 
-def pick(values: Tensor, target: Tensor | None) -> Tensor:
-    """The column target (B,) of each row of values (B, l), by default the first: (B,)."""
-    return values[:, 0] if target is None else values.gather(1, target[:, None])[:, 0]
+def pack_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d).
+
+    It has neither soft caps nor sliding windows; `check_decoder` refuses models that need them.
+    """
+    masks = settings["pack_mask"]
+    sizes = [len(mask) for mask in masks]
+    grouped = query.shape[1] != key.shape[1]  # several query heads share a key head
+    scale = settings.get("scaling")
+    dropout = settings.get("dropout", 0.0)
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), masks, strict=True)
+    outputs = [attend(q, k, v, attn_mask=mask) for q, k, v, mask in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def rescore(
-    rewards: Tensor, min_reward_gap: float | None, target: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Section 2.1: which pairs and which queries train, by their rewards (B, l).
+transformers.AttentionInterface.register("pack", pack_attention)
+
+
+def hidden_states(decoder: PreTrainedModel, pack: Pack) -> Tensor:
+    """The last hidden states (N, d) of a Hugging Face decoder over a pack."""
+    flex = isinstance(pack.mask, BlockMask)  # transformers' own flex_attention takes it as it is
+    masks = {"attention_mask": pack.mask} if flex else {"pack_mask": pack.mask}
+    attention = "flex_attention" if flex else "pack"
+    if decoder.config._attn_implementation != attention:
+        decoder.set_attn_implementation(attention)
+    inputs = {"input_ids": pack.input_ids, "position_ids": pack.position_ids}
+    return decoder(**inputs, **masks, use_cache=False).last_hidden_state[0]
+
+
+MAX_LOGITS = 2**25  # that exist at a time: 128 MiB in float32, and a few copies of it
+
+
+class Policy(nn.Module):
+    """The language model in training: a pack in, the log-probability of each response out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log p(target) in float32, from the hidden states that predict them: (m, d), (m,) -> (m,)."""
+        logits = self.model.get_output_embeddings()(hidden)  # (m, vocabulary)
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Summed log-probability of each response, EOS included: (B, l), 0 where a query has fewer than l.
+
+        The LM head runs on the M positions that predict a response token, not on all N. Where their logits
+        are too many to hold, it runs in chunks, and recomputes their logits in the backward pass.
+        """
+        hidden = hidden_states(self.model.base_model, pack)[pack.sources]  # (M, d)
+        rows = max(1, MAX_LOGITS // self.model.get_output_embeddings().weight.shape[0])
+        if len(hidden) <= rows:
+            token_logps = self.token_logps(hidden, pack.targets)  # (M,)
+        else:
+            chunks = zip(hidden.split(rows), pack.targets.split(rows), strict=True)
+            parts = [checkpoint(self.token_logps, *chunk, use_reentrant=False) for chunk in chunks]
+            token_logps = torch.cat(parts)
+        sum_logps = token_logps.new_zeros(pack.lengths.numel()).index_add(0, pack.owners, token_logps)
+        return sum_logps.view_as(pack.lengths).clone()  # FSDP hooks onto outputs, which must not be views
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Rescoring and the losses, pure functions of (B, l) log-probs and rewards. The responses of a query stand
+#    best first; a query with fewer than l has NaN rewards in the places left over.
+
+
+def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
+    """p of Eq. 3, in nats per token: (B, l), (B, l) -> (B, l). A mean, as sums would favor the short."""
+    return sum_logps / lengths.clamp(min=1)
+
+
+def rescore(rewards: Tensor, min_reward_gap: float, use_gate: bool = True) -> tuple[Tensor, Tensor]:
+    """Section 2.1: which pairs and which queries train, going by their rewards (B, l).
 
     keep (B, l, l) bool, 1 - k of Eq. 5: True for pairs i < j with |r_i - r_j| > min_reward_gap, strictly.
-    gate (B,) bool, 1 - lambda of Eq. 7: True where the reply to imitate, the first or `target` (B,), has a
-    reward above zero. With min_reward_gap None all train: Table 3's 'w/o Rescore'.
+    gate (B,) bool, 1 - lambda of Eq. 7: True where the best response has a reward above zero.
     """
     gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
-    pairs = gap.isfinite().triu(1)  # those of two replies that exist
-    if min_reward_gap is None:
-        return pairs, torch.ones_like(pairs[:, 0, 0])
-    return pairs & (gap > min_reward_gap), pick(rewards, target) > 0
+    keep = (gap > min_reward_gap).triu(1)  # never with NaN
+    gate = (rewards[:, 0] > 0) | (not use_gate)
+    return keep, gate
 
 
 def pairwise_margin_loss(avg_logps: Tensor, keep: Tensor, margin: float) -> Tensor:
-    """Eq. 4-6 summed over a query's kept pairs: avg_logps (B, l), keep (B, l, l), bool or weights -> (B,)."""
-    position = torch.arange(avg_logps.shape[1], device=avg_logps.device)
-    xi = margin * (position - position[:, None])  # (l, l), Eq. 6: margin x (j - i)
-    # Eq. 4 is printed as p_i - p_j + xi. Minimised, that would push the better reply i *down*; the release
-    # has the sign below (MarginRankingLoss with target 1), which asks the better reply to lead by xi.
+    """Eq. 4-6, summed over the kept pairs of a query: (B, l), (B, l, l) -> (B,)."""
+    place = torch.arange(avg_logps.shape[1], device=avg_logps.device)
+    xi = margin * (place - place[:, None])  # (l, l), Eq. 6: margin (j - i)
+    # Eq. 4 is printed as p_i - p_j + xi. Minimized, that would push the better response i *down*; the release
+    # has the sign below (MarginRankingLoss with target 1), which asks the better response to lead by xi.
     f = avg_logps[:, None, :] - avg_logps[:, :, None] + xi  # (B, l, l), f_ij = p_j - p_i + xi_ij
     return (keep * f.clamp(min=0)).sum((1, 2))  # Eq. 5
 
 
-def gated_sft_loss(sum_logps: Tensor, gate: Tensor, target: Tensor | None = None) -> Tensor:
-    """(1 - lambda) L_sft of Eq. 7, minus the log-prob of the reply to imitate: (B, l), (B,) -> (B,)."""
-    return -(gate * pick(sum_logps, target))
+def gated_sft_loss(sum_logps: Tensor, gate: Tensor) -> Tensor:
+    """(1 - lambda) L_sft of Eq. 7: minus the summed log-prob of the best response, (B, l), (B,) -> (B,).
 
-
-def loss_counts(keep: Tensor, reduction: str) -> Tensor:
-    """What sums over a batch are divided by, (l,): the SFT term by entry 0, the pairs j - i = d by entry d.
-
-    "query": always the number of queries. "release": for pairs, the number of kept ones at their offset d.
+    A sum over its tokens, as in the release (the paper does not say); 0 where the gate is shut.
     """
-    queries, width = keep.shape[:2]
-    if reduction == "query":
-        return torch.full((width,), queries, device=keep.device)
-    kept = [keep.diagonal(d, dim1=1, dim2=2).sum().clamp(min=1) for d in range(1, width)]
-    return torch.tensor([queries, *kept], device=keep.device)
+    return -(gate * sum_logps[:, 0])
 
 
 def clha_loss(
-    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, margin: float, min_reward_gap: float | None,
-    alpha: float, reduction: str = "query", sft_reduction: str = "sum", contrast: bool = True,
-    target: Tensor | None = None, counts: Tensor | None = None,
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    margin: float,
+    min_reward_gap: float,
+    alpha: float,
+    gate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 7 for a batch: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, all scalars.
+    """Eq. 7: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, scalars, all means over B queries.
 
-    Give the `loss_counts` of a whole optimizer step as `counts` when the batch is a part of it: losses and
-    metrics of the parts then add up to those of the step, however it was divided.
+    Both terms are divided by B and by nothing else: neither by the kept pairs nor by the open gates.
+    Section 3.3 has alpha = 0.05 (l - 1)^2.
     """
-    keep, gate = rescore(rewards, min_reward_gap, target)
-    counts = loss_counts(keep, reduction) if counts is None else counts
-    position = torch.arange(rewards.shape[1], device=rewards.device)
-    offset = (position - position[:, None]).clamp(min=0)  # (l, l), j - i
-    weights = keep.to(avg_logps) / counts[offset]  # (B, l, l), each kept pair's share in its mean
-    rank_loss = contrast * pairwise_margin_loss(avg_logps, weights, margin).sum()
-    sft_logps = sum_logps if sft_reduction == "sum" else avg_logps
-    sft_loss = gated_sft_loss(sft_logps, gate, target).sum() / counts[0]
+    keep, gates = rescore(rewards, min_reward_gap, gate)
+    rank_loss = pairwise_margin_loss(avg_logps, keep, margin).mean()
+    sft_loss = gated_sft_loss(sum_logps, gates).mean()
     loss = rank_loss + alpha * sft_loss
     metrics = {"loss": loss.detach(), "loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
-    for name, value in query_metrics(avg_logps.detach(), rewards, keep, gate).items():
-        metrics[name] = value.sum() / counts[0]
+    for name, values in query_metrics(avg_logps.detach(), rewards, keep, gates).items():
+        metrics[name] = values.mean()
     return loss, metrics
 
 
 def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor) -> dict[str, Tensor]:
-    """What is logged beside the losses, each (B,); docs/metrics.md explains them."""
-    pairs, _ = rescore(rewards, None)  # (B, l, l)
+    """What is logged besides the losses, each (B,); docs/metrics.md explains them."""
+    present = rewards.isfinite()  # (B, l)
+    pairs = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, l, l)
     right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
-    best, worst = avg_logps[:, 0], pick(avg_logps, rewards.isfinite().sum(1) - 1)
+    best = avg_logps[:, 0]
+    worst = avg_logps.gather(1, present.sum(1, keepdim=True) - 1)[:, 0]
     return {
         "rewards/accuracies": right.sum((1, 2)) / pairs.sum((1, 2)),
-        "rewards/margins": best - worst,
         "logps/chosen": best,
         "logps/rejected": worst,
         "pairs_kept": keep.sum((1, 2)) / pairs.sum((1, 2)),
-        "gated": (~gate).float(),
+        "gate_open": gate.to(avg_logps),
     }
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The model: sharded over the processes (FSDP2), read once (and saved by `save_model` of checkpoint.py)
+# 7. The model: read once, sharded over the processes (FSDP2), saved as a Hugging Face folder
 
 
-def build_model(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, checkpointing: str = "full",
-    compile: bool = False, replicate: int = 1,
-) -> PreTrainedModel:
-    """A causal LM with fp32 weights, sharded over all processes, that computes in `dtype`; without values.
-
-    With `replicate` above 1 there are so many whole copies of it, each sharded over its part of the processes
-    (HSDP): of several machines, each can have one, so that only gradients go from machine to machine.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    fast.wrap_layers(layers, checkpointing, compile)
-    shape = (replicate, dist.get_world_size() // replicate)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")) if replicate > 1 else None
-    # Gradients are reduced in fp32: in bf16, the mean over many processes can round small ones to zero.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
-    for layer in layers:
-        shard(layer)
-    # The rest in one unit: embedding and LM head may share weights. It too is sharded again after a forward:
-    # where no backward pass follows, the optimizer and checkpoints would see the gathered copy of it.
-    shard(model, reshard_after_forward=True)
-    model.to_empty(device=device)
-    model.tie_weights()
-    return model.train()
-
-
-def load_model(path: str, device: torch.device, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
-    """The model of a folder or hub name, as `build_model` makes it.
-
-    Rank 0 reads the weights; the others are built without memory and get their shards from it.
-    """
-    if rank_0 := dist.get_rank() == 0:
-        settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
-        with loading(path):
-            full, info = AutoModelForCausalLM.from_pretrained(path, **settings)
-        program.refuse_missing(path, info)
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    model = build_model(config, device, dtype, **how)
-    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp.set_model_state_dict(model, full.state_dict() if rank_0 else {}, options=options)
-    for name, buffer in model.named_buffers():  # rotary frequencies: in no state dict, garbage until now
-        if rank_0:
-            buffer.copy_(full.get_buffer(name))
-        dist.broadcast(buffer, src=0)
+def load(kind: Any, path: str, **settings: Any) -> Any:
+    """kind.from_pretrained of a folder or hub name. Raises InputError if it fails, or for missing weights."""
+    hub_name = path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
+    if not hub_name and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: neither a model folder with a config.json nor a hub name (owner/name)")
+    try:
+        loaded = kind.from_pretrained(path, trust_remote_code=False, **settings)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be loaded ({error!r:.300})") from error
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if info.get("missing_keys"):  # transformers would draw them at random
+        raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
     return model
 
 
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a model. Raises InputError if it has no EOS, goes wrong, or does not fit the model."""
+    tokenizer = load(transformers.AutoTokenizer, path)
+    known = getattr(load(transformers.AutoConfig, path).get_text_config(), "vocab_size", math.inf)
+    if tokenizer.eos_token_id is None or tokenizer.vocab_size > known:
+        raise InputError(f"{path}: the tokenizer has no EOS, or more than the {known} tokens of the model")
+    if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        # transformers 5 makes such a tokenizer of a bare tokenizer.model, with wrong merges too
+        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+    return tokenizer
+
+
+def check_decoder(config: PretrainedConfig, longest: int) -> None:
+    """Raises InputError for a model whose attention over a query, or whose logits, a Policy gets wrong."""
+    refused = "attn_logit_softcapping final_logit_softcapping lm_head_multiplier logit_scale logits_scaling"
+    wrong = [name for name in refused.split() if getattr(config, name, None) not in (None, 1)]
+    if (getattr(config, "sliding_window", None) or longest) < longest:
+        wrong.append(f"a sliding_window shorter than a query of {longest} tokens")
+    if wrong:
+        raise InputError(f"{config.model_type}: models with {' and '.join(wrong)} are not supported")
+
+
+def build_policy(model_config: PretrainedConfig, config: Config, device: torch.device) -> Policy:
+    """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype."""
+    with torch.device("meta"):
+        policy = Policy(AutoModelForCausalLM.from_config(model_config, dtype=torch.float32))
+    mesh = None
+    if config.replicate > 1:  # HSDP: each of N copies, such as one per machine, is sharded over its processes
+        shape = (config.replicate, dist.get_world_size() // config.replicate)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    # Gradients are reduced in fp32: in bf16, the mean over many processes can round small ones to zero.
+    precision = MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    for layer in policy.modules():
+        if type(layer).__name__ in policy.model._no_split_modules:
+            if config.activation_checkpointing == "full":  # its backward pass recomputes it from its input
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # Embedding and LM head may share weights, so the rest is one unit. It too is resharded after a forward
+    # pass: where no backward pass follows, the optimizer and checkpoints would see its gathered copy.
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    policy.to_empty(device=device)
+    policy.model.tie_weights()
+    return policy.train()
+
+
+def load_policy(config: Config, device: torch.device) -> Policy:
+    """The model of --model with its weights: rank 0 reads them and sends the other processes their shards."""
+    weights: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        full = load(AutoModelForCausalLM, config.model, dtype=torch.float32, output_loading_info=True)
+        weights = full.state_dict()
+    policy = build_policy(load(transformers.AutoConfig, config.model), config, device)
+    broadcast = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(policy.model, weights, options=broadcast)
+    for name, buffer in policy.model.named_buffers():  # rotary frequencies: in no state dict, garbage so far
+        if dist.get_rank() == 0:
+            buffer.copy_(full.get_buffer(name))
+        dist.broadcast(buffer, src=0)
+    return policy
+
+
+def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config) -> None:
+    """Gathers the shards into a Hugging Face folder: weights in `config.dtype`, tokenizer, config."""
+    gather = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(policy.model, options=gather)
+    settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": "eager"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(policy.model.config, **settings)
+
+    def write() -> None:
+        tied = model.all_tied_weights_keys  # they are in the file once, under their other name
+        state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
+        unfinished = path.with_suffix(".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(path)
+
+    on_first_process(write)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 7. Training
+# 8. Checkpoints: OUTPUT_DIR/checkpoints/step-N has all that the next step depends on, in sharded safetensors.
+#    A folder of that name is whole; the newest two are kept.
 
 
-def data_order(queries: int, config: Config) -> list[tuple[float, list[int]]]:
-    """(epochs so far, indices of the queries) of each optimizer step; every epoch has its own seeded order.
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
-    The few queries that do not fill an epoch's last batch are left out of it.
+
+def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and AdamW's moments, by name."""
+    state: dict[str, Tensor] = {}
+    for name, weight in policy.model.named_parameters():
+        moments = {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
+        state |= moments | {f"model.{name}": weight}
+    return state
+
+
+def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, Any]) -> None:
+    """Writes a checkpoint, all processes together. Raises InputError if that fails; older ones stay."""
+    unfinished = path.with_suffix(".partial")
+    remove = partial(shutil.rmtree, unfinished, ignore_errors=True)
+    on_first_process(remove)  # of a run that was killed
+    try:
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+    except dcp.CheckpointException as error:
+        on_first_process(remove)
+        reason, _ = next(iter(error.failures.values()))
+        raise InputError(f"{path}: cannot be saved ({reason}); older checkpoints stay") from error
+
+    def publish() -> None:
+        (unfinished / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
+        unfinished.rename(path)
+        for old in checkpoints(path.parent)[:-2]:
+            shutil.rmtree(old)
+
+    on_first_process(publish)
+
+
+def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
+    """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
+    dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
+    try:
+        before = json.loads((path / "run.json").read_text())
+        differ = [name for name in identity if before.get(name) != identity[name]]
+        if not differ:
+            dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except Exception as error:
+        raise InputError(f"{path}: damaged ({error!s:.300}); without it, the one before serves") from error
+    if differ:
+        changes = ", ".join(f"{name} {before.get(name)} -> {identity[name]}" for name in differ)
+        raise InputError(f"{path}: of another run ({changes}); choose another --output_dir")
+    return int(path.name[5:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Training
+
+LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Names = tuple[str, ...]
+REWARDS = ("rewards",)
+MAX_SKIPPED = 5  # so many steps in a row that are not finite end the run
+
+
+def load_examples(
+    path: str, tokenizer: Tokenizer, config: Config, fields: Names = REWARDS, ranked: bool = True
+) -> datasets.Dataset:
+    """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`.
+
+    They are tokenized once, and memory-mapped from disk. Raises InputError for a record that is wrong.
+    """
+
+    def tokenize() -> Iterator[Example]:
+        for record in iter_records(path, fields):
+            record = rank(record) if ranked else record
+            values = {name: list(map(float, record[name])) for name in fields}
+            yield encode(record, tokenizer, config) | values
+
+    def find_or_make() -> datasets.Dataset:
+        try:
+            return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+
+    # The name of the cached data is a hash of all that it depends on.
+    settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
+    contents = [hashlib.sha256(Path(file).read_bytes()).digest() for file in (path, __file__)]
+    name = datasets.fingerprint.Hasher.hash((contents, tokenizer, settings))
+    cache = config.token_cache or f"{config.output_dir}/tokens"
+    on_first_process(lambda: len(find_or_make()))
+    return find_or_make()
+
+
+def data_order(queries: int, config: Config) -> list[list[int]]:
+    """The indices of the queries of each step; each epoch has its own seeded order, whatever the processes.
+
+    The few queries that do not fill an epoch's last batch are left out. Raises InputError if no step is left.
     """
     per_epoch = queries // config.batch_size
-    order = []
-    for step in range(config.max_steps or round(config.epochs * per_epoch)):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0:
-            generator = torch.Generator().manual_seed(config.seed + epoch)
-            shuffled = torch.randperm(queries, generator=generator).tolist()
-        order.append(((step + 1) / per_epoch, shuffled[place * config.batch_size :][: config.batch_size]))
-    return order
+    steps = config.max_steps or round(config.epochs * per_epoch)
+    if per_epoch == 0 or steps == 0:
+        raise InputError(
+            f"--batch_size {config.batch_size}: {queries} queries and --epochs make no step of it"
+        )
+    order: list[list[int]] = []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        generator = torch.Generator().manual_seed(config.seed + epoch)
+        shuffled = torch.randperm(queries, generator=generator)[: per_epoch * config.batch_size]
+        order += shuffled.view(per_epoch, config.batch_size).tolist()
+    return order[:steps]
 
 
-def deal(sizes: list[int], pack_tokens: int, processes: int) -> list[list[int]]:
-    """Deals queries of these sizes evenly into packs of at most `pack_tokens`: indices, a list a pack.
+def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
+    """Spreads items of these sizes evenly over packs of at most `limit` tokens: the indices in each pack.
 
-    The packs are a multiple of `processes`, even if some stay empty: sharded models need as many passes on
-    each process.
+    Packs are a multiple of `processes`, even if some stay empty: each process of a sharded model must make
+    as many passes.
     """
-    limit = max(pack_tokens, *sizes)  # a query is not divided
-    rounds = math.ceil(sum(sizes) / limit / processes)
+    limit = max(limit, *sizes)  # an item is not divided
+    number = math.ceil(sum(sizes) / limit / processes) * processes
     while True:
-        packs, loads = [[] for _ in range(rounds * processes)], [0] * (rounds * processes)
+        packs: list[list[int]] = [[] for _ in range(number)]
+        loads = [0] * number
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # longest first, into the lightest pack
             lightest = loads.index(min(loads))
             packs[lightest].append(i)
             loads[lightest] += sizes[i]
         if max(loads) <= limit:
             return packs
-        rounds += 1
+        number += processes
 
 
-def packs_of(examples: list[Example], device: torch.device, config: Config, fill_to: int = 0) -> list[Batch]:
-    """This process's packs of a batch of queries, and what the loss of each is to be divided by: `counts`.
+def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group: int = 1) -> int:
+    """The most tokens of a pack, in tiles of 128: those of the fullest step, spread evenly, and 5 % more."""
+    fullest = max(sum(sizes[i] for i in indices) for indices in order) / dist.get_world_size()
+    even = fullest / math.ceil(fullest / pack_tokens)
+    return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128
 
-    That follows from the rewards alone, so it is known for the whole batch before the first forward pass. So
-    the gradients are the same for any packs and any number of processes.
+
+def make_packs(
+    examples: list[Example], device: torch.device, limit: int, fill: bool, group: int
+) -> list[Pack]:
+    """This process's part of a batch of queries, as packs of at most `limit` tokens, or of as many (`fill`).
+
+    Each `group` of consecutive queries shares a pack.
     """
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    keep, _ = rescore(reply_matrix(examples), config.min_reward_gap if config.rescore else None)
-    more = {"counts": loss_counts(keep, config.reduction).to(device)}
-    shares = deal([size(example) for example in examples], fill_to or config.pack_tokens, processes)
-    # With an empty pack, a process only keeps step with the others.
-    return [pack([examples[i] for i in part or [0]], device, fill_to) | more | {"weight": 1 if part else 0}
-            for part in shares[rank::processes]]  # fmt: skip
+    groups = [examples[i : i + group] for i in range(0, len(examples), group)]
+    sizes = [sum(example["size"] for example in members) for members in groups]
+    packs = []
+    for indices in balance(sizes, limit, dist.get_world_size()):
+        members = [example for i in sorted(indices) for example in groups[i]]
+        made = pack(members or groups[0], device, limit if fill else 0)  # if empty, only to keep step
+        made.share = len(members) / len(examples)
+        packs.append(made)
+    return packs[dist.get_rank() :: dist.get_world_size()]
 
 
-def run_batch(
-    model: PreTrainedModel, packs: list[Batch], loss_fn: Callable[..., Any], config: Config, train: bool
-) -> dict[str, float]:
-    """Loss and metrics of a batch of queries over all processes; with `train`, gradients are accumulated."""
-    processes, totals = dist.get_world_size(), {}
+def run_batch(policy: Policy, packs: list[Pack], loss_fn: LossFn, train: bool) -> dict[str, float]:
+    """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate.
+
+    The loss of a pack is a mean over its queries, and its weight is its share of the batch's queries. So the
+    sum is the mean over the batch, whatever the packs and the number of processes.
+    """
+    totals: dict[str, Any] = {}
     for batch in packs:
         with torch.set_grad_enabled(train):
-            sum_logps, lengths = sequence_logps(model, batch)
-            avg_logps = sum_logps / lengths.clamp(min=1)  # p of Eq. 3
-            target, counts = batch["chosen"] if config.sft_target == "chosen" else None, batch["counts"]
-            loss, metrics = loss_fn(
-                avg_logps, sum_logps, batch["rewards"], target=target, counts=counts, **batch["more"])
-        if train:  # FSDP averages over processes, and this is to be a sum
-            (loss * batch["weight"] * processes).backward()
-        totals = {name: totals.get(name, 0) + value * batch["weight"] for name, value in metrics.items()}
+            sum_logps = policy(batch)
+            loss, metrics = loss_fn(mean_logps(sum_logps, batch.lengths), sum_logps, **batch.values)
+        if train:  # FSDP averages gradients over the processes, and this is to be their sum
+            (loss * batch.share * dist.get_world_size()).backward()
+        totals = {name: totals.get(name, 0) + value * batch.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
 
 
-def train(config: Config) -> None:
-    """The whole run: from records to output_dir/final, with metrics.jsonl on the way."""
-    rank, _, device = init_process()
-    config, output = replace(config), Path(config.output_dir)  # the caller's own stays as it is
-    if (output / "final").exists():
-        raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
-    program.check_config(config)
-    torch.manual_seed(config.seed + rank)  # of dropout, in a model that has it
-    if config.deterministic:
-        program.make_deterministic()
-    config.pack_tokens = config.pack_tokens or (8192 if device.type == "cuda" else 1024)
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+def train(
+    config: Config,
+    loss_fn: LossFn | None = None,
+    fields: Names = REWARDS,
+    ranked: bool = True,
+    group: int = 1,
+) -> None:
+    """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
+    Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics);
+    its `values` are the numbers per response that `fields` names. See `load_examples` for `ranked`, and
+    `make_packs` for `group`. Raises InputError for settings, data or a model that cannot be used.
+    """
+    rank, processes, device = init_process()
+    config = settle(config, device)
+    output = Path(config.output_dir)
+    lock = filelock.FileLock(output / ".lock")  # held until this function returns
+    on_first_process(lambda: open_output(output, lock))
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config.train_data, tokenizer, config)
-    dev_examples = load_examples(config.dev_data, tokenizer, config) if config.dev_data else []
-    if config.batch_size > len(examples):
-        raise InputError(f"--batch_size {config.batch_size}: must be 1 to {len(examples)} (queries)")
-    if not (order := data_order(len(examples), config)):
-        raise InputError(f"--epochs {config.epochs}: too few for a step")
+    examples = load_examples(config.train_data, tokenizer, config, fields, ranked)
+    dev_examples: list[Example] = []
+    if config.dev_data:
+        dev_examples = load_examples(config.dev_data, tokenizer, config, fields, ranked).to_list()
+    order = data_order(len(examples), config)
+    sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
     if config.alpha is None:
-        length = max(len(example["response_ids"]) for example in examples.outlines())  # l, of the ranking
-        weights = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}
-        config.alpha = weights.get(config.objective, 0.05 * (length - 1) ** 2)
-    gap = config.min_reward_gap if config.rescore else None
-    loss_fn = partial(
-        clha_loss, margin=config.margin, min_reward_gap=gap, alpha=config.alpha, reduction=config.reduction,
-        sft_reduction=config.sft_reduction, contrast=config.contrast)
+        config.alpha = 0.05 * (max(map(len, examples["response_ids"])) - 1) ** 2  # Section 3.3
+    settings = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "gate": config.gate}
+    loss_fn = loss_fn or partial(clha_loss, alpha=config.alpha, **settings)
 
-    model = load_model(
-        config.model, device, dtype, checkpointing=config.activation_checkpointing, compile=config.compile,
-        replicate=config.replicate)
-    longest = max([*examples.sizes, *(dev_examples.sizes if dev_examples else [])])
-    flex = fast.uses_flex(model, config.attention, longest, config.compile)
-    fill_to = fast.pack_length(examples.sizes, order, config.pack_tokens, longest) if flex else 0
-    if config.objective != "clha":
-        import baselines
-        config.rescore, loss_fn = False, baselines.make_loss(
-            config, model, [examples, dev_examples], fill_to)
-    if config.reward_model:
-        import evaluate
-        dev_reward = evaluate.make_judge(config, tokenizer, device)
+    policy = load_policy(config, device)
+    check_decoder(policy.model.config.get_text_config(), max(sizes))
+    # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
+    fill = config.flex and device.type == "cuda" and not getattr(policy.model.config, "attention_dropout", 0)
+    limit = pack_limit(sizes, order, config.pack_tokens, group)
+    packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
     adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
-    optimizer = adamw(model.parameters(), config.learning_rate)
-    schedule = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
-    scheduler = transformers.get_scheduler(schedule, optimizer, config.warmup_steps, len(order))
-    run = Run(config, model, optimizer, scheduler, fill_to)  # where another one stopped, or at step 0
-    if run.step > len(order):
-        raise InputError(f"{output}: has done {run.step} steps already, more than the {len(order)} wanted")
+    optimizer = adamw(policy.parameters(), config.learning_rate)
+    schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
+    identity = run_identity(config, examples)
+    newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
+    done = restore(newest[0], policy, optimizer, identity) if newest else 0
+    for _ in range(done):
+        schedule.step()
     if rank == 0:
-        print(program.describe(model, examples, len(order), config, fill_to), flush=True)
+        start_log(output, config, done)
+        cut = sum(map(bool, examples["cut"]))
+        print(
+            f"train   {policy.model.num_parameters():,} parameters, {len(examples):,} queries ({cut:,} cut)"
+        )
+        print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
 
-    def make_packs(planned: tuple[float, list[int]]) -> list[Batch]:
-        return packs_of([examples[i] for i in planned[1]], device, config, fill_to)
+    skipped = 0  # steps in a row
+    tokens = sum(sizes[i] for indices in order[:done] for i in indices)
+    bar = tqdm(desc="train", total=len(order), initial=done, disable=None if rank == 0 else True)
+    with noted_signals() as signals:
+        for step, indices in enumerate(order[done:], done + 1):
+            start = time.perf_counter()
+            torch.manual_seed(config.seed + step * processes + rank)  # of dropout, in a model that has it
+            batch = examples.select(indices).to_list()
+            metrics: dict[str, Any] = {"step": step, "epoch": step * config.batch_size / len(examples)}
+            metrics |= run_batch(policy, packs_of(batch), loss_fn, train=True)
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+            metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            if math.isfinite(metrics["loss"] + norm):
+                optimizer.step()
+                skipped = 0
+            else:
+                skipped += 1
+                metrics["skipped"] = [example["id"] for example in batch]
+            optimizer.zero_grad()
+            schedule.step()
+            batch_tokens = sum(example["size"] for example in batch)
+            tokens += batch_tokens
+            metrics |= {
+                "num_tokens": tokens,
+                "tokens_per_second": batch_tokens / (time.perf_counter() - start),
+            }
 
-    steps = order[run.step :]
-    done, start = run.tokens, time.perf_counter()
-    bar = tqdm(steps, "train", len(order), initial=run.step, disable=None if rank == 0 else True)
-    work = zip(bar, fast.ahead(make_packs, steps), strict=True)  # the next packs are made meanwhile
-    for step, ((epoch, indices), packs) in enumerate(work, run.step + 1):
-        metrics = run_batch(model, packs, loss_fn, config, train=True)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
-        metrics |= {"epoch": epoch, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]}
-        if math.isfinite(metrics["loss"] + norm):
-            optimizer.step()
-        else:
-            run.skip(step, metrics["loss"], norm, [examples[i] for i in indices])
-        scheduler.step()
-        optimizer.zero_grad()
-        run.tokens += sum(examples.sizes[i] for i in indices)
-        speed = (run.tokens - done) / (time.perf_counter() - start)
-        metrics |= {"num_tokens": run.tokens, "tokens_per_second": speed, "skipped": run.skipped}
-        if dev_examples and (step % config.eval_every == 0 or step == len(order)):
-            packs = packs_of(list(dev_examples), device, config, fill_to)
-            dev = run_batch(model.eval(), packs, loss_fn, config, train=False)
-            dev |= {"reward": dev_reward(model)} if config.reward_model else {}
-            metrics |= {f"eval/{name}": value for name, value in dev.items()}
-            model.train()
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rewards/accuracies")})
-        if config.save_every and step % config.save_every == 0:
-            save_model(model, tokenizer, output / f"step-{step}", dtype)
-        run.end_step(step, metrics, last=step == len(order))  # logs, saves, and stops after a signal
-    save_model(model, tokenizer, output / "final", dtype)
-    run.close()
+            if dev_examples and (step % config.eval_every == 0 or step == len(order)):
+                dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
+                metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
+                policy.train()
+            if rank == 0:
+                log(output, metrics)
+                bar.set_postfix(loss=metrics["loss"], accuracy=metrics["rewards/accuracies"])
+                bar.update()
+            if skipped == MAX_SKIPPED:
+                raise InputError(
+                    f'{output}/metrics.jsonl: {skipped} steps in a row were not finite; see "skipped"'
+                )
+            if config.save_every and step % config.save_every == 0:
+                save_model(policy, tokenizer, output / f"step-{step}", config)
+            stop = largest(max(signals, default=0), device)  # all processes stop at the same step, or none
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if optimizer.state and not skipped and (due or stop):
+                path = output / "checkpoints" / f"step-{step}"
+                save_checkpoint(path, state_tensors(policy, optimizer), identity)
+            if stop and step < len(order):
+                print(f"stopped after step {step}; the same command resumes" * (rank == 0), flush=True)
+                raise SystemExit(128 + stop)  # as if the signal had ended it
+    save_model(policy, tokenizer, output / "final", config)
     if rank == 0:
         print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
 
 
+def run_identity(config: Config, examples: datasets.Dataset) -> dict[str, Any]:
+    """What must be the same when a run resumes; the settings left out change nothing but rounding."""
+    names = list(asdict(config))
+    free = {*names[1:4], *names[names.index("pack_tokens") : names.index("deterministic")]}
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    return settings | {"tokens": examples._fingerprint}
+
+
+def start_log(output: Path, config: Config, done: int) -> None:
+    """Writes config.json, and leaves in metrics.jsonl only the lines of steps that are done."""
+    (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
+    (output / "metrics.partial").write_text("".join(lines))
+    (output / "metrics.partial").replace(output / "metrics.jsonl")
+
+
+def log(output: Path, metrics: dict[str, Any]) -> None:
+    """Appends a line to metrics.jsonl; JSON has no number for what is not finite, which becomes null."""
+    infinite = [
+        name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    with (output / "metrics.jsonl").open("a") as file:
+        print(json.dumps(metrics | dict.fromkeys(infinite)), file=file)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 8. The command line
+# 10. Processes, files, and the command line
 
 
-def parse_args(argv: list[str]) -> Config:
-    """Flags to a Config; a recipe sets defaults, and a flag that is given wins over it."""
-    usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [options]"
-    return program.parse_config(Config, RECIPES, usage, __doc__, argv)
+def init_process() -> tuple[int, int, torch.device]:
+    """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
+    env = os.environ
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    how: dict[str, Any] = {"timeout": timedelta(hours=1)}  # the others wait while rank 0 tokenizes
+    if "RANK" not in env:
+        how |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]:
+        # On one machine torchrun keeps its store when it restarts the processes, which would find the
+        # addresses of the dead in it (pytorch/pytorch#135712): so each start has keys of its own.
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
+        how |= {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **how)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_first_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, on every process; its error too, so that all of them stop."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (InputError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value over all processes."""
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that gets the numbers of SIGTERM and Ctrl-C, which do not end the process meanwhile."""
+    noted: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
+    yield noted
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """A copy of the settings with what the device decides filled in. Raises InputError for wrong ones."""
+    for name, value in vars(config).items():
+        least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
+        if isinstance(value, int | float) and not least <= value < 1e38:
+            raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
+    if dist.get_world_size() % config.replicate:
+        raise InputError(f"--replicate {config.replicate}: must divide the {dist.get_world_size()} processes")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds up in any order
+    cuda = device.type == "cuda"
+    dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+    return replace(config, dtype=dtype, pack_tokens=config.pack_tokens or (8192 if cuda else 1024))
+
+
+def open_output(output: Path, lock: filelock.FileLock) -> None:
+    """Makes the output folder this run's own. Raises InputError if it is another's, or finished."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{output}: another program is at work in it; choose another --output_dir") from None
+    if (output / "final").exists():
+        raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yields (line number, object) of a JSON-lines file, gzipped or not. Raises InputError with the line."""
+    number = 0
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # fails for half a character, a lone surrogate
+                if not isinstance(row, dict):
+                    raise ValueError(f"not a JSON object: {line.strip()[:40]}")
+                yield number, row
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:
+        raise InputError(f"{path}, line {number}: not JSON lines in UTF-8 ({error!r:.200})") from error
+
+
+def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
+    """What is wrong with a record, or None; `need` names optional fields that must be there."""
+    turns = record.get("prompt")
+    responses = record.get("responses")
+    chosen = record.get("chosen", 0)
+    if not isinstance(turns, list) or not turns or not all(map(is_turn, turns)):
+        return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
+    if not isinstance(responses, list) or len(responses) < 2:
+        return '"responses" must be a list of two or more texts'
+    if not all(isinstance(response, str) and response.strip() for response in responses):
+        return '"responses" has one that is empty, or no text'
+    if type(chosen) is not int or not 0 <= chosen < len(responses):
+        return f'"chosen" must be the index of a response, 0 to {len(responses) - 1}'
+    if not all(isinstance(record.get(name, ""), str) for name in ("id", "subset")):
+        return '"id" and "subset" must be texts'
+    for name in {"rewards", *need} - {"chosen"}:
+        values = record.get(name)
+        if values is None and name in need:
+            return f'no "{name}" in it' + "; `python reward.py score` adds them" * (name == "rewards")
+        numbers = values if isinstance(values, list) else []
+        finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
+        if values is not None and finite != [True] * len(responses):
+            return f'"{name}" must be {len(responses)} finite numbers, one per response'
+    return 'no "chosen" in it' if "chosen" in need and "chosen" not in record else None
+
+
+def is_turn(turn: Any) -> bool:
+    """Whether this is {"role": one of ROLES, "content": text}."""
+    fields = turn if isinstance(turn, dict) else {}
+    return str(fields.get("role")) in ROLES and isinstance(fields.get("content"), str)
+
+
+def iter_records(path: str | Path, need: Iterable[str] = ()) -> Iterator[Record]:
+    """Reads and checks records one at a time; "id" defaults to the line. Raises InputError with the line."""
+    number = 0
+    for number, record in read_jsonl(path):
+        wrong = check_record(record, need)
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong}")
+        yield {"id": f"line {number}"} | record
+    if number == 0:
+        raise InputError(f"{path}: no records in it")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; wrong input ends in one line and exit code 2."""
+    transformers.logging.set_verbosity_error()  # what is wrong is said in our one line
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        main()
+    except (InputError, OSError) as error:  # of the latter: a full disk, a name that no file can have, ...
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # the first process says it; torchrun ends the others meanwhile
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    """Trains as the flags say; see --help."""
+    usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [settings]"
+    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    train(Config(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    sys.modules["clha"] = sys.modules["__main__"]  # baselines.py imports this module, not a second one
-    program.run(lambda: train(parse_args(sys.argv[1:])))
+    run(main)

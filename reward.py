@@ -1,40 +1,40 @@
-"""Reward models: load one, score replies with it, train one (Eq. 1 of the paper).
+"""Reward models: load one, score responses with it, train one (Eq. 1 of the paper).
 
-    python reward.py score --model MODEL --data train.jsonl --out scored.jsonl    add "rewards" to each record
-    torchrun --nproc_per_node 8 reward.py score ...                               ... each process its share
-    python reward.py train --model BASE --data pairs.jsonl --out reward_model     train on "chosen" labels
+    python reward.py score --model MODEL --data train.jsonl --out scored.jsonl    add "rewards" to records
+    torchrun --nproc_per_node 8 reward.py score ...                               shared by 8 processes
+    python reward.py train --model BASE --data pairs.jsonl --out reward_model     learn from "chosen" labels
 
 MODEL is an Open-Assistant reward model (in the paper OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5 for
-training and OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1 for evaluation), one made by `reward.py train`, or
+training and OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1 for evaluation), a model from `reward.py train`, or
 any Hugging Face sequence-classification model with one output.
 """
 
 import argparse
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from jinja2 import TemplateError
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import clha
-import fast
-import program
-from program import HelpFormatter, load_tokenizer, loading, refuse
-from records import InputError, Record, fingerprint, new_folder, read_records, write_in_parts
-
-Messages = list[dict[str, str]]
+from clha import Example, InputError, Record, Turn
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading
@@ -43,8 +43,8 @@ Messages = list[dict[str, str]]
 class OpenAssistantRewardModel(transformers.GPTNeoXPreTrainedModel):
     """Open-Assistant's reward model: GPT-NeoX, and a linear `out_proj` with bias on the last token's state.
 
-    transformers' own GPT-NeoX classifier names its head otherwise, so it would load these checkpoints with a
-    random head.
+    The head of transformers' own GPT-NeoX classifier has another name: it would load these checkpoints with
+    a random head.
     """
 
     def __init__(self, config: GPTNeoXConfig) -> None:
@@ -56,144 +56,214 @@ class OpenAssistantRewardModel(transformers.GPTNeoXPreTrainedModel):
 
 @dataclass
 class RewardModel:
-    """A reward model, its tokenizer, and how it wants a dialogue written."""
+    """A reward model, its tokenizer, and the format in which it reads a dialogue."""
 
     model: PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    text: Callable[[Messages, str], str]  # prompt and response -> all of the text, with its special tokens
-    add_special_tokens: bool  # whether the tokenizer adds its own (BOS) to that text
+    tokenizer: Tokenizer
+    text: Callable[[list[Turn], str], str]  # (prompt, response) -> the whole text, special tokens included
+    add_special_tokens: bool  # whether the tokenizer adds BOS to that text
     max_length: int  # tokens; a longer text loses its beginning
-    pack_tokens: int  # tokens of one forward pass
+    pack_tokens: int  # tokens of a forward pass
 
     @torch.inference_mode()
-    def score(self, prompts: list[Messages], responses: list[str]) -> list[float]:
-        """The reward of each response to its prompt, in the given order.
+    def score(self, prompts: list[list[Turn]], responses: list[str]) -> list[float]:
+        """The reward of each response to the prompt in the same place.
 
-        A prompt is computed once for all its responses, wherever they stand in the list. Raises InputError if
-        a reward is not finite.
+        A prompt is computed once for all its responses, wherever they are in the list. Raises InputError if a
+        reward is not finite.
         """
         self.model.eval()
-        scores, texts = [math.nan] * len(prompts), self.encode(prompts, responses)
-        groups: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):  # an encoder sees the reply from the prompt: nothing to share
-            groups.setdefault(json.dumps(prompt) if head(self.model) else str(i), []).append(i)
-        queries = [(members, share_prefix([texts[i] for i in members])) for members in groups.values()]
-        for part in chunks(queries, self.pack_tokens):
-            values = self.rewards([query for _, query in part]).tolist()
-            for (members, _), row in zip(part, values, strict=True):
-                for i, value in zip(members, row, strict=False):  # rows are as long as the longest query's
-                    scores[i] = value
+        texts = self.encode(prompts, responses)
+        groups = self.group(prompts)
+        queries = [share_prefix([texts[i] for i in group]) for group in groups]
+        sizes = [query["size"] for query in queries]
+        scores = [math.nan] * len(texts)
+        for chunk in chunks(sizes, self.pack_tokens):
+            rewards = self.rewards([queries[k] for k in chunk]).tolist()
+            for k, row in zip(chunk, rewards, strict=True):
+                for i, reward in zip(groups[k], row, strict=False):  # rows are as wide as the longest query
+                    scores[i] = reward
         for response, score in zip(responses, scores, strict=True):
             if not math.isfinite(score):
                 raise InputError(f"{self.model.name_or_path}: gives {response[:40]!r} the reward {score}")
         return scores
 
-    def encode(self, prompts: list[Messages], responses: list[str]) -> list[list[int]]:
-        """The token ids of each prompt with its response, cut from the left."""
+    def encode(self, prompts: list[list[Turn]], responses: list[str]) -> list[list[int]]:
+        """Token ids of each prompt with its response, cut from the left to max_length."""
+        if not responses:
+            return []
         texts = [self.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        rows = self.tokenizer(texts, add_special_tokens=self.add_special_tokens).input_ids if texts else []
+        rows = self.tokenizer(texts, add_special_tokens=self.add_special_tokens).input_ids
         return [clha.cut_prompt(ids, self.max_length, self.tokenizer.bos_token_id) for ids in rows]
 
-    def rewards(self, queries: list[clha.Example]) -> Tensor:
-        """Rewards (B, l) of B queries in float32: the head at the last token of each reply of a pack."""
-        if layer := head(self.model):
-            flex = fast.uses_flex(self.model, "auto", self.max_length)
-            fill_to = fast.filled(sum(map(clha.size, queries))) if flex else 0
-            batch = clha.pack(queries, self.model.device, fill_to)
-            hidden = clha.forward_pack(self.model.base_model, batch).last_hidden_state[0]  # (N, d)
-            return layer(hidden[batch["last"]])[..., 0].float()  # (B, l, d) -> (B, l)
+    def group(self, prompts: list[list[Turn]]) -> list[list[int]]:
+        """The places of responses that share a prompt, and are computed together."""
+        if head(self.model) is None:  # in an encoder a prompt sees the response: there is nothing to share
+            return [[i] for i in range(len(prompts))]
+        groups: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(json.dumps(prompt), []).append(i)
+        return list(groups.values())
+
+    def rewards(self, queries: list[Example]) -> Tensor:
+        """Rewards (B, l) of B queries in float32; meaningless where a query has fewer than l responses."""
+        layer = head(self.model)
+        if layer is None:
+            return self.encoder_rewards(queries)
+        length = filled_length(sum(query["size"] for query in queries), self.model.device)
+        pack = clha.pack(queries, self.model.device, length)
+        states = clha.hidden_states(self.model.base_model, pack)  # (N, d)
+        last = last_positions(queries).to(states.device)  # (B, l)
+        return layer(states[last])[..., 0].float()  # (B, l, d) -> (B, l)
+
+    def encoder_rewards(self, queries: list[Example]) -> Tensor:
+        """Rewards (B, 1) of B queries with one response each, as a padded batch."""
         rows = [query["prompt_ids"] + query["response_ids"][0] for query in queries]
-        padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-        return self.model(**padded).logits.float()  # (B, 1)
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+        return self.model(**batch).logits.float()
 
 
 def head(model: PreTrainedModel) -> torch.nn.Module | None:
-    """The layer that makes a reward of a decoder's last state; None for an encoder, which has none."""
-    return getattr(model, "score", None) or getattr(model, "out_proj", None)
+    """The layer that turns a decoder's last state into a reward; None if the model is an encoder."""
+    if hasattr(model, "score"):
+        return model.score
+    return getattr(model, "out_proj", None)
 
 
-def share_prefix(texts: list[list[int]]) -> clha.Example:
-    """Texts as one query: its prompt is what all of them begin with, short of the last token of any."""
-    columns = zip(*(ids[:-1] for ids in texts), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return {
-        "prompt_ids": texts[0][:common],
-        "response_ids": [ids[common:] for ids in texts],
-        "rewards": None,
-        "chosen": 0,
-    }
+def share_prefix(texts: list[list[int]]) -> Example:
+    """Texts as one query: the prompt is what all of them begin with, short of the last token of any."""
+    shortest = min(len(ids) for ids in texts)
+    common = 0
+    while common < shortest - 1 and all(ids[common] == texts[0][common] for ids in texts):
+        common += 1
+    response_ids = [ids[common:] for ids in texts]
+    size = common + sum(len(ids) for ids in response_ids)
+    return {"prompt_ids": texts[0][:common], "response_ids": response_ids, "size": size}
 
 
-def chunks(
-    queries: list[tuple[list[int], clha.Example]], tokens: int
-) -> Iterator[list[tuple[list[int], clha.Example]]]:
-    """Queries, shortest first, in parts of at most `tokens` tokens even when padded to their longest."""
-    part: list[tuple[list[int], clha.Example]] = []
-    for query in sorted(queries, key=lambda query: clha.size(query[1])):
-        if part and (len(part) + 1) * clha.size(query[1]) > tokens:
-            yield part
-            part = []
-        part.append(query)
-    if part:
-        yield part
+def last_positions(queries: list[Example]) -> Tensor:
+    """Where in a pack the last token of each response is: (B, l), 0 where a query has fewer than l."""
+    width = max(len(query["response_ids"]) for query in queries)
+    last = torch.zeros(len(queries), width, dtype=torch.long)
+    end = 0
+    for b, query in enumerate(queries):
+        end += len(query["prompt_ids"])
+        for i, ids in enumerate(query["response_ids"]):
+            end += len(ids)
+            last[b, i] = end - 1
+    return last
+
+
+def filled_length(tokens: int, device: torch.device) -> int:
+    """What a pack is filled to on a GPU: 128, 256, 512, ... tokens, as flex_attention compiles each length.
+
+    0, not filled, on a CPU.
+    """
+    if device.type != "cuda":
+        return 0
+    blocks = math.ceil(tokens / 128)
+    return 128 << (blocks - 1).bit_length()
+
+
+def chunks(sizes: list[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of the queries of each forward pass, shortest first, at most `tokens` tokens when padded.
+
+    A query that is longer than that has a pass of its own.
+    """
+    chunk: list[int] = []
+    for k in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if chunk and (len(chunk) + 1) * sizes[k] > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(k)
+    if chunk:
+        yield chunk
 
 
 def load_reward_model(
     path: str, device: str | torch.device | None = None, max_length: int = 1024, pack_tokens: int = 0
 ) -> RewardModel:
-    """Loads a reward model from a folder or the hub; float32 on a CPU, bfloat16 on a GPU.
+    """Loads a reward model from a folder or the hub: float32 on a CPU, bfloat16 on a GPU.
 
-    Raises InputError if the folder is none, has weights missing (a head above all), or more than one output.
+    pack_tokens 0 means 8192 on a GPU, 1024 on a CPU. Raises InputError if there is no such model, if weights
+    are missing (the head, above all), or if it has more than one output.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    settings = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
-    with loading(path):
-        config, _ = transformers.PretrainedConfig.get_config_dict(path)
-        # A config that says nothing: AutoTokenizer would refuse Open-Assistant's unknown model type.
-        silent = {"config": transformers.PretrainedConfig(), "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **silent)
-        if open_assistant := config.get("model_type") == "gpt_neox_reward_model":
-            settings["config"] = GPTNeoXConfig.from_dict(config)
-        kind = OpenAssistantRewardModel if open_assistant else AutoModelForSequenceClassification
-        model, info = kind.from_pretrained(path, **settings)
+    tokenizer = load_tokenizer(path)
+    config = clha.load(transformers.PretrainedConfig, path)
+    open_assistant = config.model_type == "gpt_neox_reward_model"
+    kind = AutoModelForSequenceClassification
+    loading = {"dtype": dtype, "output_loading_info": True}
     if open_assistant:
-        text = partial(oasst_text, eos=tokenizer.eos_token)
-    elif tokenizer.chat_template:
-        text = partial(chat_text, tokenizer)
-        text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
-    else:
-        text = partial(hh_text, eos=tokenizer.eos_token or "")
-    if not open_assistant and model.config.num_labels != 1:
-        raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
-    program.refuse_missing(path, info)
-    program.refuse_vocabulary(path, tokenizer, model.config)
-    max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
-    pack_tokens = pack_tokens or (8192 if device.type == "cuda" else 1024)
-    adds_bos = not open_assistant and not tokenizer.chat_template  # elsewhere the text has all it needs
-    return RewardModel(model.to(device), tokenizer, text, adds_bos, max_length, pack_tokens)
+        kind = OpenAssistantRewardModel
+    elif config.num_labels != 1:
+        raise InputError(f"{path}: has {config.num_labels} outputs; a reward model has one")
+    model = clha.load(kind, path, **loading)
+    config = model.config.get_text_config()
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        )
+    text = text_format(tokenizer, open_assistant)
+    text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
+    add_bos = not open_assistant and not tokenizer.chat_template
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        max_length = min(max_length, positions)
+    if head(model) is not None:
+        clha.check_decoder(config, max_length)
+    pack_tokens = pack_tokens or default_pack_tokens(device)
+    return RewardModel(model.to(device), tokenizer, text, add_bos, max_length, pack_tokens)
 
 
-def oasst_text(prompt: Messages, response: str, eos: str) -> str:
-    """A dialogue as Open-Assistant's models read it: a tag before each turn and EOS after it, no blanks."""
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a reward model, which needs no EOS: an encoder's has none."""
+    if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
+        raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
+    # Given a config, AutoTokenizer does not look up the model type: it does not know Open-Assistant's.
+    config = transformers.PretrainedConfig()
+    return clha.load(transformers.AutoTokenizer, path, config=config)
+
+
+def default_pack_tokens(device: torch.device) -> int:
+    """Tokens of a forward pass if nobody says how many."""
+    return 8192 if device.type == "cuda" else 1024
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+def text_format(tokenizer: Tokenizer, open_assistant: bool) -> Callable[[list[Turn], str], str]:
+    """How a reward model reads a dialogue: with Open-Assistant's tags, its chat template, or as HH-RLHF."""
+    if open_assistant:
+        return partial(open_assistant_text, eos=tokenizer.eos_token)
+    if tokenizer.chat_template:
+        return partial(chat_text, tokenizer)
+    return partial(hh_text, eos=tokenizer.eos_token or "")
+
+
+def open_assistant_text(prompt: list[Turn], response: str, eos: str) -> str:
+    """A dialogue for Open-Assistant's models: a tag before each turn, EOS after it, no spaces."""
     tags = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
     turns = [*prompt, {"role": "assistant", "content": response}]
     return "".join(f"{tags[turn['role']]}{turn['content']}{eos}" for turn in turns)
 
 
-def hh_text(prompt: Messages, response: str, eos: str) -> str:
+def hh_text(prompt: list[Turn], response: str, eos: str) -> str:
     """A dialogue as clha.py and `reward.py train` write it: HH-RLHF's text, ended by EOS."""
     return f"{clha.render(prompt)} {response}{eos}"
 
 
-def chat_text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
-    """A dialogue in the chat template that a model brings along."""
+def chat_text(tokenizer: Tokenizer, prompt: list[Turn], response: str) -> str:
+    """A dialogue in the model's own chat template."""
     turns = [*prompt, {"role": "assistant", "content": response}]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError as error:  # most often it wants no system turn, or other roles in turn
-        said = f"its chat template takes no {turns[:2]}: {error}"
-        raise InputError(f"{tokenizer.name_or_path}: {said}") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        reason = f"its chat template takes no {turns[:2]}: {error}"
+        raise InputError(f"{tokenizer.name_or_path}: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,15 +272,20 @@ def chat_text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Messages,
 
 def score_records(model: RewardModel, records: list[Record]) -> list[Record]:
     """The records with "rewards" added."""
-    prompts = [record["prompt"] for record in records for _ in record["responses"]]
-    values = iter(model.score(prompts, [reply for record in records for reply in record["responses"]]))
-    return [record | {"rewards": [next(values) for _ in record["responses"]]} for record in records]
+    prompts = []
+    responses = []
+    for record in records:
+        for response in record["responses"]:
+            prompts.append(record["prompt"])
+            responses.append(response)
+    scores = iter(model.score(prompts, responses))
+    return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in records]
 
 
 def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     """Writes the records with "rewards" added, by all processes together; goes on where it was stopped."""
     settings = [fingerprint(model.model.name_or_path), model.max_length]
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    _, processes = rank_and_processes()
 
     def work(share: list[Record], _: int) -> list[Record]:
         return score_records(model, share)
@@ -219,47 +294,57 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
 
 
 def reward_gaps(records: list[Record]) -> Tensor:
-    """|r_i - r_j| of every pair of replies of every record, as one vector."""
-    rewards = [torch.tensor(record["rewards"], dtype=torch.float32) for record in records]
-    return torch.cat([torch.pdist(row[:, None], p=1) for row in rewards])
+    """|r_i - r_j| of every pair of responses of every record, as one vector."""
+    gaps = []
+    for record in records:
+        rewards = torch.tensor(record["rewards"], dtype=torch.float32)
+        gaps.append(torch.pdist(rewards[:, None], p=1))
+    return torch.cat(gaps)
 
 
 def summary(records: list[Record]) -> str:
-    """Rewards and reward gaps as a few lines of Markdown: what `min_reward_gap` would keep."""
-    rewards = torch.tensor([float(r) for record in records for r in record["rewards"]])
+    """Rewards, gate and reward gaps as a few lines of Markdown: what a `min_reward_gap` would keep."""
+    rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
+    positive = 0
+    agreements = []
+    for record in records:
+        best = max(record["rewards"])
+        positive += best > 0
+        if "chosen" in record:
+            agreements.append(record["rewards"][record["chosen"]] == best)
+    line = f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; "
+    line += f"the best response is above 0 (gate open) in {positive / len(records):.1%} of them"
+    if agreements:
+        line += f", and is the chosen one in {sum(agreements) / len(agreements):.1%}"
     gaps = reward_gaps(records)
-    above = sum(max(record["rewards"]) > 0 for record in records) / len(records)
-    agree = sum(record["rewards"][record.get("chosen", 0)] == max(record["rewards"]) for record in records)
     thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)
-    return "\n".join(
-        [
-            f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; the best is "
-            f"above 0 in {above:.1%} of them, and it is the chosen one in {agree / len(records):.1%}\n",
-            "| reward gap | " + " | ".join(f"> {t:g}" for t in thresholds) + " |",
-            "| --- |" + " --- |" * len(thresholds),
-            "| pairs | " + " | ".join(f"{(gaps > t).float().mean():.1%}" for t in thresholds) + " |",
-        ]
-    )
+    names = " | ".join(f"> {threshold:g}" for threshold in thresholds)
+    shares = " | ".join(f"{share_above(gaps, threshold):.1%}" for threshold in thresholds)
+    rule = " --- |" * (len(thresholds) + 1)
+    return f"{line}\n\n| reward gap | {names} |\n|{rule}\n| pairs | {shares} |"
+
+
+def share_above(gaps: Tensor, threshold: float) -> float:
+    """The share of gaps above a threshold, strictly, as in Eq. 5."""
+    return (gaps > threshold).float().mean().item()
 
 
 def plot_gaps(records: list[Record], path: str) -> None:
-    """Draws the histogram of reward gaps with the default threshold, as a picture file."""
+    """Draws the histogram of reward gaps, and the default `min_reward_gap`, into a picture file."""
     pyplot = import_pyplot()
-    gaps, threshold = reward_gaps(records), clha.Config.min_reward_gap
+    gaps = reward_gaps(records)
+    threshold = clha.Config.min_reward_gap
+    label = f"min_reward_gap {threshold:g}: {share_above(gaps, threshold):.0%} of pairs kept"
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     axes.hist(gaps.numpy(), bins=60, color="tab:blue")
-    axes.axvline(
-        threshold,
-        color="tab:red",
-        label=f"min_reward_gap {threshold:g}: {(gaps > threshold).float().mean():.0%} of pairs kept",
-    )
+    axes.axvline(threshold, color="tab:red", label=label)
     axes.set(xlabel="reward gap of a pair", ylabel="pairs", xlim=(0, None))
     axes.legend()
     save_picture(figure, path)
 
 
 def import_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises InputError where it is not installed."""
+    """matplotlib's pyplot, drawing into files. Raises InputError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -271,114 +356,373 @@ def import_pyplot() -> Any:
 
 
 def check_plot(path: str) -> None:
-    """Raises InputError where no picture can be made at `path`: of its suffix, or at all."""
+    """Raises InputError if no picture can be drawn at `path`."""
     suffixes = import_pyplot().figure().canvas.get_supported_filetypes()
     if Path(path).suffix.lower()[1:] not in suffixes:
         raise InputError(f"--plot {path}: the name must end in one of {', '.join(sorted(suffixes))}")
-    program.check_out(path, "file")
+    check_output(path, "file")
 
 
 def save_picture(figure: Any, path: str) -> None:
-    """Saves a figure, in a folder that is made if it is not there."""
+    """Saves a figure, in a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Long work, part by part
+
+
+def write_in_parts(
+    out: Path,
+    items: list[Any],
+    settings: Any,
+    work: Callable[[list[Any], int], list[Record]],
+    part: int,
+    desc: str,
+) -> None:
+    """Writes a JSON line per item, made by all processes together; stopped, it goes on where it was.
+
+    work(share, start) returns the rows of this process's share of the `part` items from `start` on. Rows
+    gather in OUT.<key>.partial, the key a hash of items and settings: work on others is never taken for
+    these, nor removed. The finished file is there at once. Raises InputError if another program is writing
+    the same file.
+    """
+    rank, processes = rank_and_processes()
+    partial_path = out.with_name(f"{out.name}.{work_key(items, settings)}.partial")
+    with locked(out, rank == 0):
+        done = [0]
+        if rank == 0:
+            done = [keep_whole_parts(partial_path, part)]
+        if processes > 1:
+            dist.broadcast_object_list(done)
+        bar = tqdm(total=len(items), initial=done[0], desc=desc, disable=None if rank == 0 else True)
+        for start in range(done[0], len(items), part):
+            chunk = items[start : start + part]
+            rows = gather(work(chunk[rank::processes], start), len(chunk))
+            if rank == 0:
+                append_jsonl(partial_path, rows)
+            bar.update(len(chunk))
+        bar.close()
+        if rank == 0:
+            partial_path.replace(out)
+        if processes > 1:
+            dist.barrier()
+
+
+def work_key(items: list[Any], settings: Any) -> str:
+    """A hash of items and settings."""
+    key = hashlib.sha256(json.dumps(settings).encode())
+    for item in items:
+        key.update(json.dumps(item).encode())
+    return key.hexdigest()[:16]
+
+
+@contextmanager
+def locked(out: Path, mine: bool) -> Iterator[None]:
+    """Keeps other programs from writing `out`; only the process whose lock it is (`mine`) takes it."""
+    if not mine:
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock_path, timeout=0):
+            yield
+            lock_path.unlink(missing_ok=True)
+    except Timeout:
+        raise InputError(f"{out}: another program is writing it; end that one, or wait") from None
+
+
+def keep_whole_parts(path: Path, part: int) -> int:
+    """Cuts an unfinished file, made if need be, to whole parts; returns how many lines are left."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        lines = file.read().split(b"\n")[:-1]  # without the one that was being written
+        done = len(lines) // part * part  # a part is the unit of whatever is random in it
+        file.truncate(sum(len(line) + 1 for line in lines[:done]))
+    return done
+
+
+def append_jsonl(path: Path, rows: list[Record]) -> None:
+    """Adds JSON lines to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """This process's rank and how many there are: (0, 1) without a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(mine: list[Any], total: int) -> list[Any]:
+    """The whole list on every process, if process r has its items r, r + processes, ..."""
+    _, processes = rank_and_processes()
+    if processes == 1:
+        return mine
+    shares: list[list[Any]] = [[]] * processes
+    dist.all_gather_object(shares, mine)
+    return [shares[i % processes][i // processes] for i in range(total)]
+
+
+def fingerprint(path: str | Path) -> list[Any]:
+    """What tells a file or a folder's files from later ones in the same place: names, sizes, times."""
+    path = Path(path)
+    files = [path] if path.exists() else []
+    if path.is_dir():
+        files = sorted(path.iterdir())
+    found: list[Any] = [str(path)]
+    for file in files:
+        stat = file.stat()
+        found.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
+@dataclass
+class Comparison:
+    """A query as token ids, and which of its responses people chose."""
+
+    query: Example
+    chosen: int
+
+
 def reward_loss(rewards: Tensor, chosen: Tensor, present: Tensor, norm_penalty: float) -> Tensor:
     """Eq. 1, the mean over a query's (chosen, other) pairs, plus norm_penalty x its mean squared reward.
 
-    rewards, present (B, l), chosen (B,) -> (B,). Eq. 1 knows only differences; the penalty draws rewards to a
-    mean of zero, so that "above zero", the gate of Eq. 7, means better than the usual reply.
+    rewards, present (B, l), chosen (B,) -> (B,). Eq. 1 knows only differences; the penalty, which the paper
+    does not have, pulls the mean reward towards zero, so that "above zero", the gate of Eq. 7, means better
+    than the usual response.
     """
-    gaps = clha.pick(rewards, chosen)[:, None] - rewards  # (B, l)
-    others = present.scatter(1, chosen[:, None], False)
+    gaps = rewards.gather(1, chosen[:, None]) - rewards  # (B, l)
+    others = present.scatter(1, chosen[:, None], False)  # (B, l)
     ranking = -(F.logsigmoid(gaps) * others).sum(1) / others.sum(1)
-    return ranking + norm_penalty * (rewards.square() * present).sum(1) / present.sum(1)
+    square = (rewards.square() * present).sum(1) / present.sum(1)
+    return ranking + norm_penalty * square
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains a reward model from a language model on the "chosen" labels; leaves a Hugging Face folder."""
-    torch.manual_seed(args.seed)
-    program.check_out(args.out, "new")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args.model)
-    records = read_records(args.data, need=["chosen"])
-    with loading(args.model):
-        settings = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
-        settings["trust_remote_code"] = False
-        model, info = AutoModelForSequenceClassification.from_pretrained(args.model, **settings)
-    if head(model) is None or set(info["missing_keys"]) - {"score.weight"}:
-        raise InputError(f"{args.model}: not a whole language model to train a reward model from")
-    has_pad = tokenizer.pad_token_id is not None
-    model.config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id
-    text = partial(hh_text, eos=tokenizer.eos_token)
-    pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 1024)
-    reward_model = RewardModel(model.to(device), tokenizer, text, True, args.max_length, pack_tokens)
+    """Trains a reward model from a language model on the "chosen" labels; leaves a Hugging Face folder.
 
-    queries = [
-        share_prefix(reward_model.encode([record["prompt"]] * len(record["responses"]), record["responses"]))
-        | {"chosen": record["chosen"]}
-        for record in tqdm(records, desc="tokens", disable=None)
-    ]
-    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    held_out, training = order[: len(order) // 20], order[len(order) // 20 :]  # 5 % tell the accuracy
+    args: model, data, out, epochs, batch_size, learning_rate, norm_penalty, max_length, pack_tokens, seed.
+    """
+    check_output(args.out, "new")
+    torch.manual_seed(args.seed)  # of the head
+    model = start_from(args.model, args.max_length, args.pack_tokens)
+    records = read_records(args.data, need=["chosen"])
+    comparisons = [compare(model, record) for record in tqdm(records, desc="tokens", disable=None)]
+    held_out, training = hold_out(comparisons, args.seed)
     steps = round(args.epochs * len(training) / args.batch_size)
     if not held_out or not steps:
         raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.model.parameters(), args.learning_rate, weight_decay=0.0)
     scheduler = transformers.get_scheduler("cosine", optimizer, round(0.05 * steps), steps)
     bar = tqdm(range(steps), desc="reward model", disable=None)
     for step in bar:
         places = range(step * args.batch_size, (step + 1) * args.batch_size)
-        batch = [queries[training[place % len(training)]] for place in places]
-        total = 0.0
-        for part in clha.deal([clha.size(query) for query in batch], pack_tokens, 1):
-            examples = [batch[i] for i in part]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                rewards = reward_model.rewards(examples)
-            losses = reward_loss(rewards, *labels(examples, device), args.norm_penalty)
-            loss = losses.sum() / args.batch_size
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        batch = [training[place % len(training)] for place in places]  # each epoch in the same order
+        loss = train_step(model, optimizer, batch, args.norm_penalty)
         scheduler.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{total:.3f}")
-
-    model.eval()
-    right, pairs, rewards = 0, 0, []
-    with torch.inference_mode():
-        for i in held_out:
-            row = reward_model.rewards([queries[i]])[0]  # (l,)
-            right += (row[queries[i]["chosen"]] > row).sum().item()
-            pairs += len(row) - 1
-            rewards += row.tolist()
-    # A unit of reward becomes its standard deviation, so that min_reward_gap means the same for every model.
-    scale = torch.tensor(rewards).std()
-    head(model).weight.data /= scale
-    mean = torch.tensor(rewards).mean() / scale
-    report = {"accuracy": right / pairs, "pairs": pairs, "mean_reward": mean.item(), "scale": scale.item()}
-    with new_folder(args.out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(report | vars(args), indent=2, default=str) + "\n")
+        bar.set_postfix(loss=f"{loss:.3f}")
+    report = scale_rewards(model, held_out)
+    save(model, Path(args.out), report | vars(args))
     print(
-        f"accuracy {right / pairs:.3f} on {pairs} held-out pairs, mean reward {mean:.3f} (in units of its "
-        f"standard deviation, {scale:.3f} before); saved in {args.out}"
+        f"accuracy {report['accuracy']:.3f} on {report['pairs']} held-out pairs, mean reward "
+        f"{report['mean_reward']:.3f} in units of its standard deviation (it was {report['scale']:.3f}); "
+        f"saved in {args.out}"
     )
 
 
-def labels(queries: list[clha.Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of B queries: the index of each chosen reply (B,), and which of the l places hold a reply (B, l)."""
-    width = max(len(query["response_ids"]) for query in queries)
-    present = [[i < len(query["response_ids"]) for i in range(width)] for query in queries]
-    chosen = [query["chosen"] for query in queries]
-    return torch.tensor(chosen, device=device), torch.tensor(present, device=device)
+class NewRewardModel:
+    """What `clha.load` loads here: a language model with a head drawn at random, the one weight missing."""
+
+    @staticmethod
+    def from_pretrained(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        settings |= {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, **settings)
+        return model, info | {"missing_keys": set(info["missing_keys"]) - {"score.weight"}}
+
+
+def start_from(path: str, max_length: int, pack_tokens: int) -> RewardModel:
+    """A language model with a new head, in float32. Raises InputError if it lacks weights of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = clha.load_tokenizer(path)
+    model = clha.load(NewRewardModel, path)
+    if head(model) is None:
+        raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
+    clha.check_decoder(model.config.get_text_config(), max_length)
+    # Other programs read the reward at the last token that is not padding. If EOS were padding, that would be
+    # the token before it; with no padding token at all they take one text at a time, and the right token.
+    pads_with_eos = tokenizer.pad_token_id == tokenizer.eos_token_id
+    model.config.pad_token_id = None if pads_with_eos else tokenizer.pad_token_id
+    tokenizer.chat_template = None  # it is trained on HH-RLHF's text, and will be scored on it
+    text = partial(hh_text, eos=tokenizer.eos_token)
+    pack_tokens = pack_tokens or default_pack_tokens(device)
+    return RewardModel(model.to(device), tokenizer, text, True, max_length, pack_tokens)
+
+
+def compare(model: RewardModel, record: Record) -> Comparison:
+    """A record as token ids."""
+    prompts = [record["prompt"]] * len(record["responses"])
+    texts = model.encode(prompts, record["responses"])
+    return Comparison(share_prefix(texts), record["chosen"])
+
+
+def hold_out(comparisons: list[Comparison], seed: int) -> tuple[list[Comparison], list[Comparison]]:
+    """(held out, for training), shuffled: 5 % measure the accuracy and are never trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(comparisons), generator=generator).tolist()
+    shuffled = [comparisons[i] for i in order]
+    count = len(comparisons) // 20
+    return shuffled[:count], shuffled[count:]
+
+
+def train_step(
+    model: RewardModel, optimizer: torch.optim.Optimizer, batch: list[Comparison], norm_penalty: float
+) -> float:
+    """An update by the mean loss over the queries of a batch, whatever the packs; returns that loss."""
+    device = model.model.device
+    total = 0.0
+    optimizer.zero_grad()
+    for chunk in chunks([comparison.query["size"] for comparison in batch], model.pack_tokens):
+        comparisons = [batch[k] for k in chunk]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            rewards = model.rewards([comparison.query for comparison in comparisons])  # (B, l)
+        losses = reward_loss(rewards, *labels(comparisons, device), norm_penalty)
+        loss = losses.sum() / len(batch)
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
+def labels(comparisons: list[Comparison], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of B queries the index of the chosen response (B,), and which of the l places hold one (B, l)."""
+    chosen = torch.tensor([comparison.chosen for comparison in comparisons])
+    counts = torch.tensor([len(comparison.query["response_ids"]) for comparison in comparisons])
+    present = torch.arange(int(counts.max())) < counts[:, None]
+    return chosen.to(device), present.to(device)
+
+
+@torch.inference_mode()
+def scale_rewards(model: RewardModel, held_out: list[Comparison]) -> dict[str, float]:
+    """Divides rewards by their standard deviation on held-out queries; reports their accuracy and mean.
+
+    So min_reward_gap means the same for every reward model.
+    """
+    right = 0
+    pairs = 0
+    rewards = []
+    for comparison in held_out:
+        row = model.rewards([comparison.query])[0]  # (l,)
+        right += int((row[comparison.chosen] > row).sum())
+        pairs += len(row) - 1
+        rewards.append(row)
+    values = torch.cat(rewards)
+    scale = values.std()
+    head(model.model).weight /= scale
+    mean_reward = (values.mean() / scale).item()
+    return {"accuracy": right / pairs, "pairs": pairs, "mean_reward": mean_reward, "scale": scale.item()}
+
+
+def save(model: RewardModel, out: Path, report: dict[str, Any]) -> None:
+    """Writes the Hugging Face folder of a reward model, with training.json."""
+    with whole(out) as folder:
+        folder.mkdir()
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What all programs here share besides clha.py: their command lines, and files that are whole or not there
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """For a file or folder that is there whole or not at all: yields where to write it, then renames that."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
+    """Writes JSON lines, whole or not at all."""
+    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
+    """All records of a file; see `clha.iter_records`."""
+    return list(clha.iter_records(path, need))
+
+
+def read_json(path: str | Path, need: dict[str, type], what: str) -> dict[str, Any]:
+    """An object from a JSON file. Raises InputError where it lacks what it needs, {name: type}."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half a character, a lone surrogate
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), need[name]) for name in need):
+        raise InputError(f"{path}: not {what}, with {', '.join(need)}")
+    return value
+
+
+def check_output(path: str | Path, kind: Literal["new", "file", "folder"]) -> None:
+    """Raises InputError, before the work, where its output cannot be put; a "new" one must not be there."""
+    path = Path(path)
+    for above in path.parents:
+        if above.is_file():
+            raise InputError(f"{path}: {above} is a file; nothing can be put below it")
+    if kind == "new" and path.exists():
+        raise InputError(f"{path}: exists already; choose another output")
+    if kind == "file" and path.is_dir():
+        raise InputError(f"{path}: is a folder; it must be a file")
+    if kind == "folder" and path.is_file():
+        raise InputError(f"{path}: is a file; it must be a folder")
+
+
+AT_LEAST_ONE = ("batch_size", "items", "max_new_tokens", "num_responses", "queries")
+
+
+def check_numbers(settings: Any) -> None:
+    """Raises InputError for a number among the flags that is not finite, or smaller than it can be."""
+    for name, value in vars(settings).items():
+        least = int(name in AT_LEAST_ONE)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not least <= number < 2**32:
+                raise InputError(f"--{name} {number}: must be a finite number of {least} or more")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a description as it is written, and the default of each flag."""
+
+
+class Parser(transformers.HfArgumentParser):
+    """Flags from dataclasses, or added by hand; no abbreviations, and a wrong flag is an InputError."""
+
+    def __init__(self, *dataclasses: type, **settings: Any) -> None:
+        settings.pop("formatter_class", None)
+        settings.pop("allow_abbrev", None)
+        super().__init__(dataclasses, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -388,10 +732,10 @@ def labels(queries: list[clha.Example], device: torch.device) -> tuple[Tensor, T
 def score(args: argparse.Namespace) -> None:
     """Adds "rewards" to the records of a file and says how they are distributed."""
     rank, _, device = clha.init_process()
-    program.check_out(args.out, "file")
-    records = read_records(args.data)
+    check_output(args.out, "file")
     if args.plot:
-        check_plot(args.plot)  # rather refused now than after hours of scoring
+        check_plot(args.plot)
+    records = read_records(args.data)
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)
     write_scores(model, records, Path(args.out))
     if rank == 0:
@@ -403,34 +747,30 @@ def score(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parses the command line and runs `score` or `train`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = partial(commands.add_parser, formatter_class=HelpFormatter, description=__doc__)
-    scoring = add_command("score", help='add "rewards" to records')
-    training = add_command("train", help="train a reward model with Eq. 1")
+    scoring = commands.add_parser("score", help='add "rewards" to records', description=__doc__)
+    training = commands.add_parser("train", help="train a reward model with Eq. 1", description=__doc__)
     for command in (scoring, training):
-        command.error = refuse
         command.add_argument("--data", required=True, help="records, JSON lines")
-        command.add_argument("--pack_tokens", type=int, default=0, help="of a pass; 0: by device")
+        command.add_argument("--max_length", type=int, default=1024, help="tokens; cut from the left")
+        command.add_argument("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
     scoring.set_defaults(run=score)
     scoring.add_argument("--model", required=True, help="reward model: a folder or a hub name")
     scoring.add_argument("--out", required=True, help='the records with "rewards", JSON lines')
     scoring.add_argument("--plot", default="", help="picture of the reward gaps, such as gaps.png")
-    scoring.add_argument("--max_length", type=int, default=1024, help="tokens; the rest is cut at the left")
     training.set_defaults(run=train)
     training.add_argument("--model", required=True, help="language model to start from, folder or hub name")
     training.add_argument("--out", required=True, help="folder for the reward model")
-    training.add_argument("--epochs", type=float, default=1, help="passes over the data")
-    training.add_argument("--batch_size", type=int, default=64, help="queries a step")
-    training.add_argument("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, cosine")
+    training.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
+    training.add_argument("--batch_size", type=int, default=64, help="queries per step")
+    training.add_argument("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, then cosine")
     training.add_argument("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
-    training.add_argument("--max_length", type=int, default=1024, help="tokens; the rest is cut at the left")
-    training.add_argument("--seed", type=int, default=42, help="of the head, the held-out part, the order")
-    parser.error = refuse
+    training.add_argument("--seed", type=int, default=42, help="of head, held-out queries and order")
     args = parser.parse_args()
-    program.check_ranges(args)
+    check_numbers(args, positive=["max_length"])
     args.run(args)
 
 
 if __name__ == "__main__":
-    program.run(main)
+    clha.run(main)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # CLHA from a fresh machine to a table.
 #
-#   bash run.sh setup    .venv with the pinned packages (the two below call it themselves)
+#   bash run.sh setup    .venv with the pinned packages (the others call it themselves)
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
 #                        (SCALE=40 takes 40 percent of the steps)
 #   bash run.sh study    Tables 2 and 3 on the toy world, and on real text where HH is a folder of the authors'
-#                        data.zip: RESULTS.md and its pictures. Hours; goes on where it was stopped
+#                        data.zip: RESULTS.md and its pictures. Takes hours; resumes where it was stopped
 #                        (SEEDS="0 1 2 3 4"; OUT=out/study)
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
@@ -13,13 +13,13 @@
 #     MODEL=huggyllama/llama-7b    the language model: a Hugging Face folder or a hub name
 #     HH=Anthropic/hh-rlhf         the data: the hub, a folder of raw HH-RLHF, or of the authors' data.zip
 #     RM_TRAIN=..., RM_EVAL=...    the reward models (default: Open-Assistant's, as in the paper)
-#     NPROC=8                      processes, one a GPU
-#     RESTARTS=3                   how often torchrun brings them back when one has died
-#     RECIPE=release               or default: clha.py's own margin and reward gap
-#     OUT=out/hh                   where everything goes; a stage whose output is there is skipped
-#     TRAIN_FLAGS=, EVAL_FLAGS=    more flags for clha.py and evaluate.py, such as "--max_steps 20"
+#     NPROC=8                      processes, one per GPU
+#     RESTARTS=3                   how often torchrun restarts them when one has died
+#     OBJECTIVE=released           the loss as released, or clha: ours, with its own margin and reward gap
+#     OUT=out/hh                   where everything goes; a stage whose output exists is skipped
+#     TRAIN_FLAGS=, EVAL_FLAGS=    further flags for training and for generation, such as "--max_steps 20"
 #
-# PYTHON=python3 takes an environment of your own instead of .venv.
+# PYTHON=python3 uses an environment of your own instead of .venv.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")"
@@ -38,7 +38,7 @@ need_model() {
     done
 }
 
-# need_out: the folder for all that is written can be made.
+# need_out: the folder for everything that is written can be made.
 need_out() { mkdir -p -- "$OUT" 2> /dev/null || die "OUT=$OUT: must be a folder"; }
 
 setup() {
@@ -56,7 +56,7 @@ setup() {
     cp requirements.txt .venv/installed.txt
 }
 
-# stage OUTPUT COMMAND...: runs a command unless its output is there already; programs write outputs whole.
+# stage OUTPUT COMMAND...: runs a command unless its output exists; programs write outputs whole.
 stage() {
     local output=$1 start=$SECONDS
     shift
@@ -69,19 +69,27 @@ stage() {
     fi
 }
 
+# percent N: N scaled by SCALE.
+percent() { echo $(($1 * SCALE / 100)); }
+
 tiny() {
     OUT=${OUT:-out/tiny} SCALE=${SCALE:-100}
     need SCALE '[2-9]|[1-9][0-9]{1,4}' "a percentage of the steps, 2 or more"
     setup
     need_out
-    local out=$OUT scale=$SCALE started=$SECONDS name
+    local out=$OUT started=$SECONDS name epochs
     local data=$out/data base=$out/base/final
     local small=(--batch_size 64 --pack_tokens 4096 --activation_checkpointing none)
-    local sft=(--no_contrast --no_rescore --ranking given --sft_target chosen)
-    local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096 --epochs "$(printf '%d.%02d' $((scale / 100)) $((scale % 100)))")
-    stage "$data" "$PYTHON" prepare_data.py toy --out "$data"
-    stage "$base" "$PYTHON" clha.py --model "$data/init" --train_data "$data/pretrain.jsonl" \
-        --output_dir "$out/base" "${small[@]}" "${sft[@]}" --learning_rate 2e-3 --max_steps $((280 * scale / 100)) --lr_schedule cosine
+    local sft=(-m study.baselines --objective sft --max_grad_norm 20 "${small[@]}")  # its loss is a sum over tokens
+    epochs=$(printf '%d.%02d' $((SCALE / 100)) $((SCALE % 100)))
+    local rm=(--learning_rate 7e-4 --batch_size 32 --pack_tokens 4096 --epochs "$epochs")
+    stage "$data" "$PYTHON" -m study.toy make --out "$data"
+    for name in pretrain train; do  # what people chose, as rewards: for plain imitation
+        stage "$out/$name.labels.jsonl" "$PYTHON" -m study.baselines labels --data "$data/$name.jsonl" \
+            --out "$out/$name.labels.jsonl"
+    done
+    stage "$base" "$PYTHON" "${sft[@]}" --model "$data/init" --train_data "$out/pretrain.labels.jsonl" \
+        --output_dir "$out/base" --learning_rate 2e-3 --max_steps "$(percent 280)" --lr_schedule cosine
     stage "$out/rm_train" "$PYTHON" reward.py train --model "$base" --data "$data/rm_train.jsonl" \
         --out "$out/rm_train" "${rm[@]}" --seed 1
     stage "$out/rm_eval" "$PYTHON" reward.py train --model "$base" --data "$data/rm_eval.jsonl" \
@@ -90,17 +98,25 @@ tiny() {
         --out "$out/train.jsonl" --plot "$out/gaps.png"
     stage "$out/dev.jsonl" "$PYTHON" reward.py score --model "$out/rm_train" --data "$data/dev.jsonl" \
         --out "$out/dev.jsonl"
-    stage "$out/sft/final" "$PYTHON" clha.py --model "$base" --train_data "$data/train.jsonl" \
-        --output_dir "$out/sft" "${small[@]}" "${sft[@]}" --learning_rate 5e-4 --max_steps $((80 * scale / 100))
+    stage "$out/sft/final" "$PYTHON" "${sft[@]}" --model "$base" --train_data "$out/train.labels.jsonl" \
+        --output_dir "$out/sft" --learning_rate 5e-4 --max_steps "$(percent 80)"
     stage "$out/clha/final" "$PYTHON" clha.py --model "$base" --train_data "$out/train.jsonl" \
-        --output_dir "$out/clha" "${small[@]}" --learning_rate 5e-4 --max_steps $((80 * scale / 100)) \
+        --output_dir "$out/clha" "${small[@]}" --learning_rate 5e-4 --max_steps "$(percent 80)" \
         --dev_data "$out/dev.jsonl" --eval_every 20 --save_every 10
-    for name in base sft clha; do
-        stage "$out/eval/$name/scores.json" "$PYTHON" evaluate.py --model "$out/$name/final" \
-            --data "$data/test.jsonl" --reward_model "$out/rm_eval" --out "$out/eval/$name" --gold
-    done
-    stage "$out/reward.png" "$PYTHON" evaluate.py --model "$base" "$out"/clha/step-* --data "$data/dev.jsonl" \
-        --reward_model "$out/rm_eval" --out "$out/eval/steps" --gold --plot "$out/reward.png"
+    stage "$out/responses/clha.jsonl" "$PYTHON" evaluate.py generate --model "$out"/{base,sft,clha}/final \
+        --data "$data/test.jsonl" --out "$out/responses"
+    stage "$out/gold/clha.jsonl" "$PYTHON" -m study.toy gold --responses "$out"/responses/{base,sft,clha}.jsonl \
+        --data "$data/test.jsonl" --out "$out/gold"
+    stage "$out/eval/clha" "$PYTHON" evaluate.py score --responses "$out"/gold/{base,sft,clha}.jsonl \
+        --data "$data/test.jsonl" --reward_model "$out/rm_eval" --out "$out/eval"
+    # How the dev responses change over training
+    stage "$out/steps/responses/base.jsonl" "$PYTHON" evaluate.py generate --model "$out"/clha/step-* "$base" \
+        --data "$data/dev.jsonl" --out "$out/steps/responses"
+    stage "$out/steps/gold/base.jsonl" "$PYTHON" -m study.toy gold \
+        --responses "$out"/steps/responses/{step-*,base}.jsonl --data "$data/dev.jsonl" --out "$out/steps/gold"
+    stage "$out/steps/eval/base" "$PYTHON" evaluate.py score --responses "$out"/steps/gold/{step-*,base}.jsonl \
+        --data "$data/dev.jsonl" --reward_model "$out/rm_eval" --out "$out/steps/eval"
+    stage "$out/reward.png" "$PYTHON" evaluate.py table --total "$out"/steps/eval/* --plot "$out/reward.png"
     "$PYTHON" evaluate.py table --total "$out"/eval/{base,sft,clha} | tee "$out/table.md"
     echo "$((SECONDS - started)) s; the table is in $out/table.md, the pictures are $out/reward.png and $out/gaps.png"
 }
@@ -113,34 +129,39 @@ study() {
     setup
     need_out
     read -ra seeds <<< "$SEEDS"
-    "$PYTHON" study.py toy --out "$out" --seeds "${seeds[@]}"
+    "$PYTHON" -m study.run toy --out "$out" --seeds "${seeds[@]}"
     if [ -n "$hh" ]; then
-        "$PYTHON" study.py real --out "$out" --source "$hh" --seeds "${seeds[@]:0:3}"
+        "$PYTHON" -m study.run real --out "$out" --source "$hh" --seeds "${seeds[@]:0:3}"
     else
         echo "== no real text: HH=FOLDER, of the authors' files, adds it"
     fi
-    "$PYTHON" study.py report --out "$out"
+    "$PYTHON" -m study.run report --out "$out"
 }
 
 tests() {
     setup
     "$PYTHON" -m ruff check .
-    "$PYTHON" -m pytest -q
+    "$PYTHON" -m ruff format --check --quiet .
+    "$PYTHON" -m pytest -q -n 2
 }
 
 full() {
     MODEL=${MODEL:-huggyllama/llama-7b} HH=${HH:-Anthropic/hh-rlhf} OUT=${OUT:-out/hh}
-    NPROC=${NPROC:-8} RESTARTS=${RESTARTS:-3} RECIPE=${RECIPE:-release}
+    NPROC=${NPROC:-8} RESTARTS=${RESTARTS:-3} OBJECTIVE=${OBJECTIVE:-released}
     RM_TRAIN=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5}
     RM_EVAL=${RM_EVAL:-OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1}
     need NPROC '[1-9][0-9]*' "a number of processes"
     need RESTARTS '[0-9]+' "a number, 0 or more"
-    need RECIPE 'release|default' "release or default"
+    need OBJECTIVE 'released|clha' "released or clha"
     need_model MODEL HH RM_TRAIN RM_EVAL
     setup
     need_out
     local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" --max_restarts "$RESTARTS")
-    local out=$OUT data=$OUT/data hh=$HH part format=hh
+    local out=$OUT data=$OUT/data hh=$HH part path format=hh best responses objective=(clha.py)
+    generate() {  # MODEL DATA OUTPUT
+        # shellcheck disable=SC2086  # the flags are meant to be split
+        stage "$3" "${launch[@]}" evaluate.py generate --model "$1" --data "$2" --out "$3" ${EVAL_FLAGS:-}
+    }
     # Raw HH-RLHF has a folder for each subset; the authors' data.zip has not.
     [ -d "$hh" ] && ! compgen -G "$hh/*-base" > /dev/null && format=release
     stage "$data" "$PYTHON" prepare_data.py "$format" --source "$hh" --out "$data"
@@ -152,21 +173,28 @@ full() {
             stage "$out/$part.jsonl" "${launch[@]}" reward.py score --model "$RM_TRAIN" \
                 --data "$data/$part.jsonl" --out "$out/$part.jsonl" --plot "$out/gaps-$part.png"
         fi
+        # The released loss trusts the file's order; the authors' preprocessing sorts by reward.
+        stage "$out/$part.ranked.jsonl" "$PYTHON" -m study.baselines ranked --data "$out/$part.jsonl" \
+            --out "$out/$part.ranked.jsonl"
     done
+    [ "$OBJECTIVE" = clha ] || objective=(-m study.baselines --objective "$OBJECTIVE")
     # shellcheck disable=SC2086  # the flags are meant to be split
-    stage "$out/clha/final" "${launch[@]}" clha.py --model "$MODEL" --train_data "$out/train.jsonl" \
-        --dev_data "$out/dev.jsonl" --output_dir "$out/clha" --recipe "$RECIPE" --save_every 600 \
-        ${TRAIN_FLAGS:-}
-    # The release keeps the checkpoint whose greedy replies to the dev prompts have the highest mean reward.
-    # shellcheck disable=SC2086
-    stage "$out/eval/dev/best.txt" "${launch[@]}" evaluate.py --model "$out"/clha/{step-*,final} \
-        --data "$out/dev.jsonl" --reward_model "$RM_TRAIN" --out "$out/eval/dev" ${EVAL_FLAGS:-}
-    # shellcheck disable=SC2086
-    stage "$out/eval/clha/scores.json" "${launch[@]}" evaluate.py --model "$(cat "$out/eval/dev/best.txt")" \
-        --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval/clha" ${EVAL_FLAGS:-}
-    # shellcheck disable=SC2086
-    stage "$out/eval/base/scores.json" "${launch[@]}" evaluate.py --model "$MODEL" \
-        --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval/base" ${EVAL_FLAGS:-}
+    stage "$out/train/final" "${launch[@]}" "${objective[@]}" --model "$MODEL" \
+        --train_data "$out/train.ranked.jsonl" --dev_data "$out/dev.ranked.jsonl" --output_dir "$out/train" \
+        --save_every 600 ${TRAIN_FLAGS:-}
+    # The release keeps the checkpoint whose greedy responses to the dev prompts have the highest mean reward.
+    for path in "$out"/train/{step-*,final}; do
+        generate "$path" "$out/dev.jsonl" "$out/dev/$(basename "$path").jsonl"
+    done
+    responses=("$out"/dev/*.jsonl)
+    stage "$out/dev/eval/$(basename "${responses[-1]}" .jsonl)" "${launch[@]}" evaluate.py score \
+        --responses "${responses[@]}" --data "$out/dev.jsonl" --reward_model "$RM_TRAIN" --out "$out/dev/eval"
+    best=$(basename "$("$PYTHON" evaluate.py best "$out"/dev/eval/*)")
+    echo "== the best checkpoint by dev reward: $best"
+    generate "$MODEL" "$data/test.jsonl" "$out/test/base.jsonl"
+    generate "$out/train/$best" "$data/test.jsonl" "$out/test/clha.jsonl"
+    stage "$out/eval/clha" "${launch[@]}" evaluate.py score --responses "$out"/test/{base,clha}.jsonl \
+        --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval"
     "$PYTHON" evaluate.py table "$out"/eval/{base,clha} | tee "$out/table.md"
 }
 
@@ -176,5 +204,5 @@ case ${1:-full} in
     study) study ;;
     test) tests ;;
     full) full ;;
-    *) die "$1: no such command; there are setup, tiny, study, test, and none for all" ;;
+    *) die "$1: no such command; there are setup, tiny, study, test, and none for the whole experiment" ;;
 esac

@@ -1,25 +1,28 @@
 """Is anything lost when a run is killed? One small run of clha.py, killed again and again at random moments.
 
-    python bench/chaos.py --kills 50 --out out/chaos      50 times SIGKILL, on 2 processes
-    python bench/chaos.py --only signal resize disk       SIGTERM; another number of processes; a full disk
-    python bench/chaos.py --only machines                 two agents of torchrun, as on two machines
+    python -m bench.chaos --kills 50 --out out/chaos          50 SIGKILLs, on 2 processes
+    python -m bench.chaos --only kills --kills 4 --steps 150  the same in two minutes
+    python -m bench.chaos --only signal resize disk           SIGTERM, other numbers of processes, a full disk
+    python -m bench.chaos --only machines                     two torchruns, as on two machines
 
-`kills`: half of them to one process, which torchrun brings back (--max_restarts); half to all of it, and the
-same command is given again. The moments: while it starts, while it trains, while it saves. `resize`: stopped
-on 2 processes and gone on with on 1, and the other way round, against a run that was not stopped. `disk`
-mounts a small tmpfs, for which it must be root. `machines` kills one of two processes, which have a torchrun
-and a copy of the model each. Linux only. Prints a Markdown table, and JSON last.
+`kills`: half of them hit one process, which torchrun brings back (--max_restarts); half hit all processes and
+torchrun, and the same command is given again. They fall while the run starts, trains or saves a checkpoint.
+`resize`: a run is stopped and resumed, once on as many processes and once on another number. `disk` mounts a
+small tmpfs, for which it must be root. `machines` kills one of two processes, each with a torchrun and a copy
+of the model of its own. Linux only. Prints a Markdown table, and JSON on the last line.
 """
 
-import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,55 +32,80 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-import program
-import toy
-from checkpoint import checkpoints, newest_checkpoint
-from program import HelpFormatter, refuse
-from records import InputError, read_jsonl, write_jsonl
+import clha
+import reward
+from study import toy
 
 ROOT = Path(__file__).parents[1]
+Result = dict[str, Any]
 
 
 def make_data(folder: Path) -> None:
-    """A toy world whose replies have their true rewards, and a model with dropout: random states matter."""
+    """A toy world whose responses have their true rewards, and a model with dropout: random states matter."""
     toy.write(folder, seed=0, queries=256)
-    records = [record for _, record in read_jsonl(folder / "train.jsonl")]
+    records = reward.read_records(folder / "train.jsonl")
     for record in records:
-        record["rewards"] = [toy.gold(record["prompt"], reply) for reply in record["responses"]]
-    write_jsonl(folder / "scored.jsonl", records)
-    write_jsonl(folder / "dev.jsonl", records[:16])
+        record["rewards"] = [toy.gold(record["prompt"], response) for response in record["responses"]]
+    reward.write_jsonl(folder / "scored.jsonl", records)
+    reward.write_jsonl(folder / "dev.jsonl", records[:16])
     shutil.copytree(folder / "init", folder / "dropout")
     settings = json.loads((folder / "init" / "config.json").read_text())
-    (folder / "dropout" / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+    settings["attention_dropout"] = 0.1
+    (folder / "dropout" / "config.json").write_text(json.dumps(settings))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One run
 
 
 class Trial:
-    """One run of clha.py under torchrun: `start` starts it, or starts it again."""
+    """A run of clha.py: `start` starts it, or resumes it."""
 
-    def __init__(self, data: Path, out: Path, steps: int, model: str = "dropout", **settings: Any) -> None:
-        self.out, self.log = out, out.with_suffix(".log")
-        flags = {
-            "model": data / model, "train_data": data / "scored.jsonl", "output_dir": out, "max_steps": steps,
-            "batch_size": 8, "learning_rate": 1e-4, "pack_tokens": 512, "checkpoint_every": 10,
-            "dev_data": data / "dev.jsonl", "eval_every": 15,
-        }  # fmt: skip
-        self.flags = [str(word) for k, value in (flags | settings).items() for word in (f"--{k}", value)]
+    def __init__(self, data: Path, out: Path, steps: int, model: str = "dropout", replicate: int = 1) -> None:
+        self.out = out
+        self.log = out.with_suffix(".log")
+        self.killed = 0.0  # when it was killed last
+        settings = {
+            "model": data / model,
+            "train_data": data / "scored.jsonl",
+            "dev_data": data / "dev.jsonl",
+            "output_dir": out,
+            "token_cache": data / "tokens",
+            "max_steps": steps,
+            "batch_size": 8,
+            "learning_rate": 1e-4,
+            "pack_tokens": 512,
+            "checkpoint_every": 10,
+            "eval_every": 15,
+            "replicate": replicate,
+        }
+        self.flags: list[str] = []
+        for name, value in settings.items():
+            self.flags += [f"--{name}", str(value)]
         out.parent.mkdir(parents=True, exist_ok=True)
 
+    def clear(self) -> None:
+        """Removes what an earlier trial left."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+
     def start(self, processes: int = 2, restarts: int = 0, port: int = 0) -> None:
-        """Starts torchrun, a single process without it, or at a port two torchruns of a process each."""
-        machines = 2 if port else 1
-        nodes = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --local_addr=127.0.0.1"
-        launch = ["-m", "torch.distributed.run", *(nodes.split() if port else ["--standalone"])]
-        launch += [f"--max_restarts={restarts}", f"--nproc_per_node={processes // machines}"]
-        launch = launch if processes > 1 else []
-        command = [sys.executable, *launch, "clha.py", *self.flags]
-        self.began = time.time()
+        """Starts one process, one torchrun with several, or with a port two torchruns of a process each."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if port else {}
+        launch = ["-m", "torch.distributed.run", f"--max_restarts={restarts}"]
+        torchruns = 1
+        if port:
+            torchruns = 2
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+            launch += ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+            launch += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        elif processes > 1:
+            launch += ["--standalone", f"--nproc_per_node={processes}"]
+        else:
+            launch = []
+        command = [sys.executable, *launch, "clha.py", *self.flags]
         with self.log.open("a") as log:
-            for _ in range(machines):
+            for _ in range(torchruns):
                 self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
     def workers(self) -> list[int]:
@@ -85,109 +113,73 @@ class Trial:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(word) for word in children.read_text().split()]
 
-    def steps(self) -> int:
-        """The last step that is logged."""
+    def logged(self) -> list[int]:
+        """The steps in metrics.jsonl, after a 0, without a line that is being written."""
         path = self.out / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        return [0, *(json.loads(line)["step"] for line in lines)]
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
-        newest = newest_checkpoint(self.out / "checkpoints")
-        return int(newest.name[5:]) if newest else 0
+        found = clha.checkpoints(self.out / "checkpoints")
+        return int(found[-1].name.removeprefix("step-")) if found else 0
 
     def saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any((self.out / "checkpoints").glob("step-*.partial"))
+        """Whether a checkpoint is being written; a kill may have left the beginning of another one."""
+        unfinished = (self.out / "checkpoints").glob("step-*.partial")
+        return any(newer(path, self.killed) for path in unfinished)
 
     def until(self, condition: Callable[[], Any], seconds: float = 120) -> bool:
         """Waits for something to be true; False if the run ended before, or the time is over."""
-        end = time.time() + seconds
-        while time.time() < end and self.process.poll() is None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
             if condition():
                 return True
             time.sleep(0.005)
         return False
 
+    def until_step(self, step: int) -> None:
+        """Waits until so many steps are logged."""
+        self.until(lambda: self.logged()[-1] >= step)
+
     def kill(self, everything: bool, generator: random.Random) -> None:
-        """SIGKILL to one of the processes that train, or to all and torchrun."""
+        """SIGKILL to one of the processes that train, or to torchrun and all of them."""
         if not everything:
-            self.until(self.workers)  # torchrun itself takes seconds to start
+            self.until(self.workers)  # torchrun itself takes seconds to start them
         workers = self.workers()
         for pid in [self.process.pid, *workers] if everything else [generator.choice(workers)]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         if everything:
             self.process.wait()
+        self.killed = time.time()
+
+    def stop(self) -> None:
+        """SIGTERM, and waits for the end."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
 
     def finish(self) -> None:
         """Waits for the end of the run, which must be a good one."""
         if self.process.wait(timeout=3600):
-            raise InputError(f"{self.log}: ended with {self.process.returncode}: {self.tail()}")
+            last = self.log.read_text().strip().splitlines()[-1]
+            raise clha.InputError(f"{self.log}: ended with {self.process.returncode}: {last}")
 
-    def tail(self) -> str:
-        """The last line that the run printed."""
-        return self.log.read_text().strip().splitlines()[-1]
+    def resumes(self) -> int:
+        """How often it went on from a checkpoint."""
+        return len(re.findall(r"^train .* steps (?!1 to )", self.log.read_text(), re.MULTILINE))
 
     def weights(self) -> Path:
         """The final weights."""
         return self.out / "final" / "model.safetensors"
 
-
-def reference(args: argparse.Namespace, data: Path, steps: int, model: str, processes: int) -> Trial:
-    """A run that nothing stops; made once."""
-    out = args.out / f"reference-{model}-{steps}-{processes}"
-    trial = Trial(data, out, steps, model, keep_checkpoints=100)
-    if not trial.weights().exists():
-        trial.start(processes)
-        trial.finish()
-    return trial
-
-
-def kills(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Kills a run at random moments; counts what had to be done twice."""
-    generator, trial = random.Random(args.seed), Trial(data, args.out / "kills", args.steps)
-    whole = reference(args, data, args.steps, "dropout", 2)
-    shutil.rmtree(trial.out, ignore_errors=True)
-    trial.log.unlink(missing_ok=True)
-    moments: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    trial.start(restarts=args.kills)
-    for number in range(args.kills):
-        began, before = time.time(), trial.steps()
-        moment = generator.choice(["starting", "training", "training", "saving"])
-        if moment == "starting":
-            time.sleep(generator.uniform(0.3, 6))
-        else:  # in this life, and not in the one before
-            fresh = lambda: newer(trial.out / "metrics.jsonl", began) and trial.steps() != before  # noqa: B023, E731
-            trial.until(fresh)
-            time.sleep(generator.uniform(0, 2))
-            if moment == "saving":
-                trial.until(trial.saving, 20)
-                time.sleep(generator.uniform(0, 0.02))
-        if trial.process.poll() is not None:
-            raise InputError(f"--steps {args.steps}: the run was over after {number} kills; more are needed")
-        moments[
-            "while saving" if trial.saving() else "while starting" if moment == "starting" else "else"
-        ] += 1
-        everything = generator.random() < 0.5
-        trial.kill(everything, generator)
-        counts["to all" if everything else "to one"] += 1
-        if newer(trial.out / "metrics.jsonl", began):
-            counts["steps repeated"] += max(0, trial.steps() - trial.saved())
-        if everything:
-            trial.start(restarts=args.kills)
-        print(f"kill {number + 1}: {moment}, step {trial.steps()}, saved {trial.saved()}", flush=True)
-    trial.finish()
-    resumes = trial.log.read_text().count("resume  from")
-    same = trial.weights().read_bytes() == whole.weights().read_bytes()
-    logged = [row["step"] for _, row in read_jsonl(trial.out / "metrics.jsonl")]
-    return {
-        "kills": args.kills, **counts, **moments, "resumes from a checkpoint": resumes, "steps": args.steps,
-        "every step logged once": logged == list(range(1, args.steps + 1)), "weights identical": same,
-    }  # fmt: skip
+    def outcome(self, reference: "Trial", steps: int) -> Result:
+        """Whether it ended as a run that nothing stopped."""
+        return {
+            "resumes from a checkpoint": self.resumes(),
+            "every step logged once": self.logged() == list(range(steps + 1)),
+            "weights identical": self.weights().read_bytes() == reference.weights().read_bytes(),
+        }
 
 
 def newer(path: Path, moment: float) -> bool:
@@ -195,110 +187,177 @@ def newer(path: Path, moment: float) -> bool:
     return path.exists() and path.stat().st_mtime > moment
 
 
-def signals(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """SIGTERM to torchrun, SIGINT to a single process; the same command goes on."""
-    whole, trial = reference(args, data, 60, "dropout", 2), Trial(data, args.out / "signal", 60)
-    shutil.rmtree(trial.out, ignore_errors=True)
+def undisturbed(args: Namespace, data: Path, steps: int) -> Trial:
+    """A run on 2 processes that nothing stops; it is kept, and used again."""
+    trial = Trial(data, args.out / f"undisturbed-{steps}", steps)
+    if not trial.weights().exists():
+        trial.clear()
+        trial.start()
+        trial.finish()
+    return trial
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The trials
+
+MOMENTS = ("starting", "training", "saving", "training")  # in turn
+
+
+def kills(args: Namespace, data: Path) -> Result:
+    """Kills a run at random moments; counts what had to be done twice."""
+    reference = undisturbed(args, data, args.steps)
+    generator = random.Random(args.seed)
+    trial = Trial(data, args.out / "kills", args.steps)
+    trial.clear()
+    counts: Counter[str] = Counter()
+    trial.start(restarts=args.kills)
+    for number in range(args.kills):
+        began = time.time()
+        moment = MOMENTS[number % len(MOMENTS)]
+        wait_for(moment, trial, generator)
+        if trial.process.poll() is not None:
+            raise clha.InputError(f"--steps {args.steps}: the run was over after {number} kills; take more")
+        counts["while saving"] += trial.saving()
+        counts["while starting"] += moment == "starting"
+        everything = generator.random() < 0.5
+        trial.kill(everything, generator)
+        counts["to all" if everything else "to one"] += 1
+        if newer(trial.out / "metrics.jsonl", began):
+            counts["steps repeated"] += max(0, trial.logged()[-1] - trial.saved())
+        print(f"kill {number + 1}: {moment}, step {trial.logged()[-1]}, saved {trial.saved()}", flush=True)
+        if everything:
+            trial.start(restarts=args.kills)
+    trial.finish()
+    return {"kills": args.kills, **counts, "steps": args.steps} | trial.outcome(reference, args.steps)
+
+
+def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
+    """Waits for a moment of one of the kinds in MOMENTS, in this start of the run."""
+    if moment == "starting":
+        time.sleep(generator.uniform(0.3, 6))
+        return
+    began = time.time()
+    path = trial.out / "metrics.jsonl"
+    steps = generator.randrange(5, 30) if moment == "training" else 1
+    trial.until(lambda: newer(path, began) and trial.logged()[-1] >= trial.saved() + steps)
+    while moment == "saving" and trial.until(trial.saving):
+        time.sleep(generator.uniform(0, 0.01))
+        if trial.saving():
+            return
+
+
+def signals(args: Namespace, data: Path) -> Result:
+    """SIGTERM to torchrun; the same command goes on."""
+    reference = undisturbed(args, data, 60)
+    trial = Trial(data, args.out / "signal", 60)
+    trial.clear()
     trial.start()
-    trial.until(lambda: trial.steps() >= 23)
-    trial.process.send_signal(signal.SIGTERM)
-    trial.process.wait()
-    stopped, saved = trial.steps(), trial.saved()
+    trial.until_step(23)
+    trial.stop()
+    result = {"SIGTERM at step": trial.logged()[-1], "checkpoint": trial.saved()}
     trial.start()
     trial.finish()
-    same = trial.weights().read_bytes() == whole.weights().read_bytes()
-    return {"SIGTERM at step": stopped, "checkpoint": saved, "weights identical": same}
+    return result | trial.outcome(reference, 60)
 
 
-def resize(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Twenty more steps on another number of processes; without dropout, which is each process's own."""
-    result = {}
+def resize(args: Namespace, data: Path) -> Result:
+    """From step 20 to 40 on other numbers of processes; without dropout, which is each process's own."""
+    result: Result = {}
+    start = load_file(data / "init" / "model.safetensors")
     for before, after in ((2, 1), (1, 2)):
-        whole = reference(args, data, 40, "init", before)
-        trial = Trial(data, args.out / f"resize-{before}-{after}", 40, "init")
-        shutil.rmtree(trial.out, ignore_errors=True)
-        shutil.copytree(whole.out, trial.out, symlinks=True)
-        shutil.rmtree(trial.out / "final")
-        for path in checkpoints(trial.out / "checkpoints"):
-            if int(path.name[5:]) > 20:
-                shutil.rmtree(path)
-        result[f"{before} -> {after}, from step"] = trial.saved()
-        trial.start(after)
-        trial.finish()
-        ours, theirs = load_file(trial.weights()), load_file(whole.weights())
-        errors = [((ours[name] - w).norm() / w.norm()).item() for name, w in theirs.items()]
-        start = load_file(data / "init" / "model.safetensors")
-        moved = max(((start[name] - w).norm() / w.norm()).item() for name, w in theirs.items())
-        result |= {f"{before} -> {after}, relative": max(errors), "moved by": moved}
+        trial = Trial(data, args.out / f"resize-{before}", 40, "init")
+        resized = Trial(data, args.out / f"resize-{before}-{after}", 40, "init")
+        trial.clear()
+        resized.clear()
+        trial.start(before)
+        trial.until_step(20)
+        trial.stop()
+        shutil.copytree(trial.out, resized.out)
+        result[f"{before} -> {after}, from step"] = resized.saved()
+        for run, processes in ((trial, before), (resized, after)):
+            run.start(processes)
+            run.finish()
+        weights = load_file(trial.weights())
+        result[f"{before} -> {after}, relative difference"] = distance(load_file(resized.weights()), weights)
+        result[f"{before} -> {after}, moved by"] = distance(start, weights)
     return result
 
 
-def disk(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """A disk that is full after some checkpoints: stopped, given room, gone on with; and going on without."""
-    whole = reference(args, data, 60, "dropout", 2)
-    size = sum(path.stat().st_size for path in newest_checkpoint(whole.out / "checkpoints").iterdir())
-    result = {"MiB a checkpoint": round(size / 2**20, 1)}
-    for policy in ("stop", "go_on"):
-        folder = args.out / f"disk-{policy}"
-        folder.mkdir(parents=True, exist_ok=True)
-        room = f"size={int(3.6 * size)}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", folder], check=True)
-        try:
-            trial = Trial(data, folder / "run", 60, keep_checkpoints=100, on_save_error=policy)
-            trial.log = args.out / f"disk-{policy}.log"
-            trial.log.unlink(missing_ok=True)
-            trial.start()
-            code = trial.process.wait()
-            text = trial.log.read_text()
-            line = next(line for line in text.splitlines() if "can't save" in line)
-            result |= {f"{policy}: exit code": code, f"{policy}: it says": line.replace(str(folder), "...")}
-            result[f"{policy}: checkpoints whole"] = trial.saved()
-            if policy == "stop":
-                room = f"remount,size={20 * size}"
-                subprocess.run(["mount", "-o", room, "tmpfs", folder], check=True)
-                trial.start()
-                trial.finish()
-            same = trial.weights().read_bytes() == whole.weights().read_bytes()
-            result[f"{policy}: weights identical"] = same
-        finally:
-            subprocess.run(["umount", folder], check=True)
-    return result
+def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a weight matrix."""
+    return max(((weights[name] - other).norm() / other.norm()).item() for name, other in others.items())
 
 
-def machines(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """A process of one of two "machines" is killed three times; both torchruns start theirs again."""
-    generator, trials = random.Random(args.seed), {}
-    for kills in (0, 3):
-        trials[kills] = trial = Trial(data, args.out / f"machines-{kills}", 200, replicate=2)
-        shutil.rmtree(trial.out, ignore_errors=True)
+def disk(args: Namespace, data: Path) -> Result:
+    """A disk with room for two checkpoints: the run ends in a line, and goes on once there is more."""
+    reference = undisturbed(args, data, 60)
+    newest = clha.checkpoints(reference.out / "checkpoints")[-1]
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    folder = args.out / "disk"
+    folder.mkdir(parents=True, exist_ok=True)
+    room = int(2.6 * size)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
+    try:
+        trial = Trial(data, folder / "run", 60)
+        trial.log = args.out / "disk.log"
         trial.log.unlink(missing_ok=True)
-        trial.start(restarts=kills, port=get_free_port())
-        for kill in range(kills):
-            trial.until(lambda wanted=50 * kill + 25: trial.steps() >= wanted)  # noqa: B023
+        trial.start()
+        code = trial.process.wait()
+        found = clha.checkpoints(trial.out / "checkpoints")
+        lines = trial.log.read_text().splitlines()
+        said = next((line for line in lines if "cannot be saved" in line or "No space" in line), "nothing")
+        more = f"remount,size={20 * size}"
+        subprocess.run(["mount", "-o", more, folder], check=True)
+        trial.start()
+        trial.finish()
+        result = {"MiB per checkpoint": round(size / 2**20, 1), "exit code of torchrun": code}
+        result["it says"] = said.replace(str(folder), "...")
+        result["checkpoints whole"] = ", ".join(path.name for path in found)
+        return result | trial.outcome(reference, 60)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def machines(args: Namespace, data: Path) -> Result:
+    """A process of one of two "machines" is killed three times; both torchruns start theirs again."""
+    steps = 200
+    generator = random.Random(args.seed)
+    trials = []
+    for number in (0, 3):
+        trial = Trial(data, args.out / f"machines-{number}", steps, replicate=2)
+        trial.clear()
+        trial.start(restarts=number, port=get_free_port())
+        for kill_number in range(number):
+            trial.until_step(50 * kill_number + 25)
             trial.kill(False, generator)
         trial.finish()
-    same = trials[3].weights().read_bytes() == trials[0].weights().read_bytes()
-    logged = [row["step"] for _, row in read_jsonl(trials[3].out / "metrics.jsonl")]
-    resumes = trials[3].log.read_text().count("resume  from")
-    once = logged == list(range(1, 201))
-    return {"kills": 3, "resumes": resumes, "every step logged once": once, "weights identical": same}
+        trials.append(trial)
+    reference, trial = trials
+    return {"kills": 3} | trial.outcome(reference, steps)
 
 
 TRIALS = {"kills": kills, "signal": signals, "resize": resize, "disk": disk, "machines": machines}
 
 
-def main() -> None:
-    """Makes the data, and runs the trials that are wanted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.error = refuse
+def parse_args() -> Namespace:
+    """The flags."""
+    parser = reward.Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="some of the trials")
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
     parser.add_argument("--steps", type=int, default=1500, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("out/chaos"), help="folder for the runs")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    reward.check_numbers(args, positive=("kills", "steps"))
+    reward.check_output(args.out, "folder")
     args.out = args.out.resolve()
+    return args
+
+
+def main() -> None:
+    """Makes the data, and runs the trials that are wanted."""
+    args = parse_args()
+    torch.set_num_threads(1)
     data = args.out / "data"
     if not (data / "dropout").exists():
         make_data(data)
@@ -311,4 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    clha.run(main)

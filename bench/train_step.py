@@ -1,22 +1,21 @@
 """What does a training step cost? Five ways, the same model and queries, forward and backward, paired steps:
 
-    padded        the release: one padded forward a candidate, full log-softmax, all hidden states kept
-    concatenated  one padded forward over all prompt-reply texts, full logits (the usual preference trainer)
-    ours          clha.py: packs with shared prompts, the LM head on reply positions only
+    padded        the release: one padded forward per candidate, full log-softmax, all hidden states kept
+    concatenated  one padded forward over all prompt-response texts, full logits (the usual way of trainers)
+    ours          clha.py: packs with shared prompts, the LM head on response positions only
     floor         a bare language-model step on as many tokens as `ours` has, the head on as many positions
-    rows          ours, but a forward pass a query: is a pack better than rows of one query?
+    rows          ours, but a forward pass per query: is a pack better than rows of one query?
 
-    python bench/train_step.py --models 24M 58M --queries 2 8 --steps 7
+    python -m bench.train_step --models 24M 58M --queries 2 8 --steps 7
 
-Medians of ratios of paired steps, in which a machine's mood cancels out. Peak memory is that of one step in a
-process of its own, above what the process held before (Linux only). The last line is JSON.
+Medians of ratios of paired steps, so that a machine that is now faster and now slower does not matter. Peak
+memory is that of one step in a process of its own, above what the process held before (Linux only). The last
+line is JSON.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,80 +26,88 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import lengths
-
 import clha
-import program
-from program import HelpFormatter, refuse
+import reward
+from bench import lengths
 
-# The default recipe; alpha as it is for two replies.
-RECIPE = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
+# clha.py's defaults; alpha as it is for two responses
+SETTINGS = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
+
+# ------------------------------------------------------------------------------------------------------------
+# The five ways
 
 
 def loss_of(sum_logps: Tensor, counts: Tensor, examples: list[clha.Example]) -> Tensor:
-    """The CLHA loss with the default recipe; sum_logps, counts (B, l)."""
-    rewards = clha.reply_matrix(examples).to(sum_logps.device)
-    return clha.clha_loss(sum_logps / counts, sum_logps, rewards, **RECIPE)[0]
+    """The CLHA loss of summed log-probs and lengths (B, l)."""
+    rewards = torch.tensor([example["rewards"] for example in examples], device=sum_logps.device)
+    return clha.clha_loss(clha.mean_logps(sum_logps, counts), sum_logps, rewards, **SETTINGS)[0]
 
 
 def padded_rows(examples: list[clha.Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt + reply of all candidates, candidate by candidate: ids, attention mask, reply mask (l B, T)."""
-    texts = [
-        (e["prompt_ids"] + e["response_ids"][i], len(e["prompt_ids"]))
-        for i in range(len(examples[0]["response_ids"]))
-        for e in examples
-    ]
-    width = max(len(ids) for ids, _ in texts)
-    ids = torch.tensor([ids + [2] * (width - len(ids)) for ids, _ in texts])
+    """All candidates' texts, candidate by candidate: ids, attention mask, response mask (l B, T)."""
+    texts = []
+    prompts = []
+    for i in range(len(examples[0]["response_ids"])):
+        for example in examples:
+            texts.append(example["prompt_ids"] + example["response_ids"][i])
+            prompts.append(len(example["prompt_ids"]))
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [2] * (width - len(text)) for text in texts])
     position = torch.arange(width)
-    attention = position < torch.tensor([[len(ids)] for ids, _ in texts])
-    reply = attention & (position >= torch.tensor([[prompt] for _, prompt in texts]))
-    return ids.to(device), attention.to(device), reply.to(device)
+    attention = position < torch.tensor([len(text) for text in texts])[:, None]
+    response = attention & (position >= torch.tensor(prompts)[:, None])
+    return ids.to(device), attention.to(device), response.to(device)
 
 
-def padded(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
-    """The released step: a forward pass a candidate; the loss needs all of them before the backward pass."""
-    ids, attention, reply = padded_rows(examples, model.device)
-    sums, counts, kept = [], [], []
-    for rows, seen, mask in zip(*(x.split(len(examples)) for x in (ids, attention, reply)), strict=True):
-        output = model(input_ids=rows, attention_mask=seen, output_hidden_states=True, use_cache=False)
-        kept.append(output.hidden_states)  # as the release does
-        logps = F.log_softmax(output.logits.float(), dim=-1)[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
+def padded(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
+    """The released step: a forward pass per candidate; the loss needs all before the backward pass."""
+    ids, attention, response = padded_rows(examples, policy.model.device)
+    parts = [x.split(len(examples)) for x in (ids, attention, response)]
+    sums = []
+    counts = []
+    kept = []  # as the release keeps them
+    for rows, seen, mask in zip(*parts, strict=True):
+        output = policy.model(input_ids=rows, attention_mask=seen, output_hidden_states=True, use_cache=False)
+        kept.append(output.hidden_states)
+        logps = F.log_softmax(output.logits.float(), dim=-1)[:, :-1]
+        logps = logps.gather(2, rows[:, 1:, None])[..., 0]
         sums.append((logps * mask[:, 1:]).sum(1))
         counts.append(mask.sum(1))
     return loss_of(torch.stack(sums, 1), torch.stack(counts, 1), examples)
 
 
-def concatenated(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
+def concatenated(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
     """One forward pass over all texts; log-probs as logit - logsumexp, row by row, which spares memory."""
-    ids, attention, reply = padded_rows(examples, model.device)
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+    ids, attention, response = padded_rows(examples, policy.model.device)
+    logits = policy.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
     chosen = logits.gather(2, ids[:, 1:, None])[..., 0].float()
     logps = chosen - torch.stack([row.float().logsumexp(-1) for row in logits])
-    sums = (logps * reply[:, 1:]).sum(1).view(-1, len(examples)).T
-    return loss_of(sums, reply.sum(1).view(-1, len(examples)).T, examples)
+    sums = (logps * response[:, 1:]).sum(1).view(-1, len(examples)).T
+    return loss_of(sums, response.sum(1).view(-1, len(examples)).T, examples)
 
 
-def ours(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
+def ours(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
     """clha.py's step on one pack."""
-    return loss_of(*clha.sequence_logps(model, clha.pack(examples, model.device)), examples)
+    pack = clha.pack(examples, policy.model.device)
+    return loss_of(policy(pack), pack.lengths, examples)
 
 
-def rows(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
-    """The same, one query a forward pass."""
-    parts = [clha.sequence_logps(model, clha.pack([example], model.device)) for example in examples]
-    return loss_of(*map(torch.cat, zip(*parts, strict=True)), examples)
+def rows(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
+    """The same, a forward pass per query."""
+    packs = [clha.pack([example], policy.model.device) for example in examples]
+    sums = torch.cat([policy(pack) for pack in packs])
+    return loss_of(sums, torch.cat([pack.lengths for pack in packs]), examples)
 
 
-def floor(model: LlamaForCausalLM, examples: list[clha.Example]) -> Tensor:
-    """A bare LM step: a row a query, all of one length, the head on equally many positions in each."""
-    number, device = len(examples), model.device
-    tokens = sum(map(clha.size, examples)) // number
-    scored = sum(len(r) for e in examples for r in e["response_ids"]) // number
+def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
+    """A bare LM step: a row per query, all of one length, the head on equally many positions in each."""
+    number = len(examples)
+    device = policy.model.device
+    tokens = sum(example["size"] for example in examples) // number
+    scored = sum(len(ids) for example in examples for ids in example["response_ids"]) // number
     ids = torch.randint(3, 32000, (number, tokens), device=device)
     kept = torch.arange(scored, device=device)
-    logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+    logits = policy.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, :scored].flatten())
 
 
@@ -112,94 +119,108 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "rows": rows,
 }
 
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
 
-def build(name: str) -> LlamaForCausalLM:
+
+def build(name: str) -> clha.Policy:
     """A random LLaMA, the same every time."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(lengths.config(name)).train()
+    return clha.Policy(LlamaForCausalLM(lengths.config(name)).train())
 
 
-def step(way: str, model: LlamaForCausalLM, examples: list[clha.Example]) -> float:
+def prepare(policy: clha.Policy, way: str) -> None:
+    """Packs set their own attention; the other ways need the usual one again."""
+    if way not in ("ours", "rows"):
+        policy.model.set_attn_implementation("sdpa")
+
+
+def step(way: str, policy: clha.Policy, examples: list[clha.Example]) -> float:
     """Seconds of a forward and backward pass."""
-    model.set_attn_implementation("shared_prefix" if way in ("ours", "rows") else "sdpa")
-    model.zero_grad()
+    prepare(policy, way)
+    policy.zero_grad()
     start = time.perf_counter()
-    WAYS[way](model, examples).backward()
+    WAYS[way](policy, examples).backward()
     return time.perf_counter() - start
+
+
+def rss(name: str) -> int:
+    """Memory of this process in bytes: VmRSS, what it has, or VmHWM, its peak (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def peak_memory(way: str, name: str, number: int) -> float:
     """GiB that one step takes at its peak beyond the model, measured in a fresh process."""
-    model, examples = build(name), lengths.queries(number, seed=0)
+    policy = build(name)
+    examples = lengths.queries(number, seed=0)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = peak()
-    step(way, model, examples)
-    return (peak() - before) / 2**20
+    before = rss("VmHWM")
+    step(way, policy, examples)
+    return (rss("VmHWM") - before) / 2**30
 
 
-def peak() -> int:
-    """Peak resident memory of this process, in KiB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """The median of ratios of paired steps."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
-def measure(name: str, number: int, steps: int) -> dict[str, Any]:
-    """Ratios and peak memory of one model at one batch size."""
-    context = multiprocessing.get_context("spawn")
-    memory = {}
-    for way in WAYS:
-        with context.Pool(1) as pool:
-            memory[way] = round(pool.apply(peak_memory, (way, name, number)), 3)
-    model = build(name)
+def paired_steps(policy: clha.Policy, number: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each way's steps, all ways in turn on the same queries."""
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in range(-1, steps):
         examples = lengths.queries(number, seed)
         for way in WAYS:
-            seconds = step(way, model, examples)
+            seconds = step(way, policy, examples)
             if seed >= 0:  # the first round warms up
                 times[way].append(seconds)
+    return times
 
-    def ratio(a: str, b: str) -> float:
-        return round(statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
 
+def measure(name: str, number: int, steps: int) -> dict[str, Any]:
+    """Ratios and peak memory of one model at one batch size."""
+    memory = {}
+    for way in WAYS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[way] = round(pool.apply(peak_memory, (way, name, number)), 3)
+    policy = build(name)
+    times = paired_steps(policy, number, steps)
     return {
         "model": name,
-        "parameters": model.num_parameters(),
+        "parameters": policy.model.num_parameters(),
         "queries": number,
         "steps": steps,
-        "padded_over_ours": ratio("padded", "ours"),
-        "concatenated_over_ours": ratio("concatenated", "ours"),
-        "ours_over_floor": ratio("ours", "floor"),
-        "rows_over_ours": ratio("rows", "ours"),
+        "padded_over_ours": round(median_ratio(times["padded"], times["ours"]), 3),
+        "concatenated_over_ours": round(median_ratio(times["concatenated"], times["ours"]), 3),
+        "ours_over_floor": round(median_ratio(times["ours"], times["floor"]), 3),
+        "rows_over_ours": round(median_ratio(times["rows"], times["ours"]), 3),
         "peak_memory_gib": memory,
     }
 
 
 def main() -> None:
     """Measures every model at every batch size and prints a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.error = refuse
-    parser.add_argument("--models", nargs="+", choices=lengths.MODELS, default=["24M", "58M"])
-    parser.add_argument("--queries", nargs="+", type=int, default=[2, 8], help="queries a step")
+    parser = reward.Parser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=lengths.MODELS, default=lengths.SMALL, help="sizes")
+    parser.add_argument("--queries", nargs="+", type=int, default=[2, 8], help="queries per step")
     parser.add_argument("--steps", type=int, default=7, help="paired steps")
     args = parser.parse_args()
+    reward.check_numbers(args, positive=("steps",))
+    ratios = ("padded_over_ours", "concatenated_over_ours", "ours_over_floor", "rows_over_ours")
     results = []
     print(
         "| model | queries | padded / ours | concatenated / ours | ours / floor | rows / ours | "
-        "peak GiB of the five, as in --help |"
+        "peak GiB of the five, as in --help |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
         for number in args.queries:
             row = measure(name, number, args.steps)
             results.append(row)
-            memory = ", ".join(f"{value:.2f}" for value in row["peak_memory_gib"].values())
-            print(
-                f"| {name} | {number} | {row['padded_over_ours']} | {row['concatenated_over_ours']} | "
-                f"{row['ours_over_floor']} | {row['rows_over_ours']} | {memory} |",
-                flush=True,
-            )
+            cells = [name, number, *(row[ratio] for ratio in ratios)]
+            cells.append(", ".join(f"{value:.2f}" for value in row["peak_memory_gib"].values()))
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    program.run(main)
+    clha.run(main)

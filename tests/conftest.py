@@ -1,4 +1,4 @@
-"""What the tests share: the toy world in small, a tiny model of it, and reference values where they are."""
+"""What the tests share: a small toy world, its tiny model, settings of a run, and reference values."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
+import clha
+from study import toy
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # reference values and real data; not part of the project
@@ -29,19 +31,27 @@ def leave_the_group() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small toy world on disk: its records, and init/, a tiny random LLaMA with its tokenizer."""
+    """A small toy world on disk: its records, scored.jsonl with true rewards, and init/, a tiny random LLaMA."""
     folder = tmp_path_factory.mktemp("toy") / "world"
     toy.write(folder, seed=0, queries=256)
+    records = list(clha.iter_records(folder / "train.jsonl"))
+    for record in records:
+        record["rewards"] = [toy.gold(record["prompt"], response) for response in record["responses"]]
+    (folder / "scored.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 @pytest.fixture(scope="session")
 def model_and_tokenizer(world: Path) -> tuple[Any, Any]:
     """The tiny random LLaMA of the toy world, in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(world / "init", dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(world / "init")
+
+
+def config(world: Path, out: Path, **settings: Any) -> clha.Config:
+    """Settings of a run of a few seconds: batches of 8 queries of the toy world, several packs each."""
+    small = {"batch_size": 8, "pack_tokens": 400, "max_steps": 4, "learning_rate": 1e-4}
+    return clha.Config(str(world / "init"), str(world / "scored.jsonl"), str(out), **(small | settings))
 
 
 @pytest.fixture

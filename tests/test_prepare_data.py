@@ -3,16 +3,20 @@
 import gzip
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import golden
 
+import clha
 import prepare_data
-from records import InputError, read_jsonl, read_records, write_jsonl
+import reward
+from clha import InputError, Record
+
+# ------------------------------------------------------------------------------------------------------------
+# Raw HH-RLHF
 
 
 def hh_text(*turns: str) -> str:
@@ -29,16 +33,12 @@ def bare(text: str) -> str:
     ("text", "turns"),
     [
         (hh_text("Hi", "Hello"), [("user", "Hi"), ("assistant", "Hello")]),
-        (
-            hh_text("Hi", "One.\n\nTwo.\n\n\nThree."),
-            [("user", "Hi"), ("assistant", "One.\n\nTwo.\n\n\nThree.")],
-        ),
+        (hh_text("Hi", "A.\n\nB.\n\n\nC."), [("user", "Hi"), ("assistant", "A.\n\nB.\n\n\nC.")]),
         ("\n\nHuman: a\nHuman: b\n\nAssistant: c", [("user", "a\nHuman: b"), ("assistant", "c")]),
+        (" \t Human: Hi", [("user", "Hi")]),
         ("Human: Hi\n\nAssistant:", [("user", "Hi"), ("assistant", "")]),
-        (
-            "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
-            [("user", "a"), ("assistant", "b\n\nc")],
-        ),
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", [("user", "a"), ("assistant", "b\n\nc")]),
+        ("\n\nHuman: a\n\nHuman: \n\nHuman: c", [("user", "a\n\nc")]),
         ("Once\n\nHuman: a\n\nAssistant: b", [("user", "Once\n\na"), ("assistant", "b")]),
         ("\n\nAssistant: b", [("assistant", "b")]),
         ("No turn at all", [("user", "No turn at all")]),
@@ -55,9 +55,92 @@ def test_a_dialogue_is_split_where_a_turn_begins_and_nowhere_else(
     assert [(turn["role"], turn["content"]) for turn in prepare_data.split_dialogue(text)] == turns
 
 
+DIFFERENT = "chosen and rejected answer different dialogues"
+NOT_ANSWERED = "the last turn is not the assistant's"
+SHAPES: list[tuple[str, str, Any]] = [
+    # (chosen, rejected, ours: the prompt's contents and the responses, or why it is left out), after what the
+    # released parser was seen to do with text of this shape.
+    # Numbers of turns differ: left out, by both.
+    (hh_text("Where?", "Here."), hh_text("Where?", "Here.", "Why?", "So."), DIFFERENT),
+    # No assistant in the chosen dialogue: left out, by both.
+    (hh_text("Where?"), hh_text("Where?", "Here."), NOT_ANSWERED),
+    # "Assistant" only in the human's text: released as an empty prompt and two answers of the human.
+    (hh_text("Is the Assistant in?"), hh_text("Is the Assistant out?"), NOT_ANSWERED),
+    # The assistant begins: the released parser stops with an AssertionError.
+    ("\n\nAssistant: Good day", "\n\nAssistant: Good evening", DIFFERENT),
+    # Two turns of the human, in the rejected dialogue only: released with the chosen prompt.
+    (hh_text("Where?", "Here."), "\n\nHuman: Where?\n\nHuman: When?\n\nAssistant: Now.", DIFFERENT),
+    # The chosen dialogue ends with the human: left out, by both.
+    (hh_text("Where?", "Here.", "Why?"), hh_text("Where?", "Here.") + "\n\nAssistant: So.", NOT_ANSWERED),
+    # Paragraphs: released as "One?" and "Yes.".
+    (
+        hh_text("One?\n\nTwo?\n\nThree?", "Yes.\n\nAnd no."),
+        hh_text("One?\n\nTwo?\n\nThree?", "Maybe."),
+        (["One?\n\nTwo?\n\nThree?"], ["Yes.\n\nAnd no.", "Maybe."]),
+    ),
+    # Single line ends are kept, by both.
+    (
+        hh_text("One?\nTwo?", "Yes.\nNo."),
+        hh_text("One?\nTwo?", "Maybe."),
+        (["One?\nTwo?"], ["Yes.\nNo.", "Maybe."]),
+    ),
+    # Three line ends before a header: the released parser does not see it, and both answers are "Where?".
+    (
+        "\n\nHuman: Where?\n\n\nAssistant: Here.",
+        "\n\nHuman: Where?\n\n\nAssistant: There.",
+        (["Where?"], ["Here.", "There."]),
+    ),
+    # No blank after a header: released as "here?", "ere." and "here.".
+    (
+        "\n\nHuman:Where?\n\nAssistant:Here.",
+        "\n\nHuman:Where?\n\nAssistant:There.",
+        (["Where?"], ["Here.", "There."]),
+    ),
+    # An empty answer: released as "". (Ours is left out by `collect`.)
+    ("\n\nHuman: Where?\n\nAssistant:", hh_text("Where?", "There."), (["Where?"], ["", "There."])),
+    # Turns of one role in a row: one turn, released with one line end between them.
+    (
+        "\n\nHuman: Where?\n\nHuman: When?\n\nAssistant: Here.\n\nAssistant: Now.",
+        "\n\nHuman: Where?\n\nHuman: When?\n\nAssistant: There.",
+        (["Where?\n\nWhen?"], ["Here.\n\nNow.", "There."]),
+    ),
+    # A quoted header begins a turn, for both; so the prompts are different, released with the chosen one.
+    (
+        hh_text("Where?", "They ask:\n\nHuman: Why?\n\nAssistant: So."),
+        hh_text("Where?", "Here.", "When?", "Now."),
+        DIFFERENT,
+    ),
+    # Other prompts: released with the chosen one.
+    (hh_text("Where?", "Here.", "Why?", "So."), hh_text("Where?", "THERE.", "WHY?", "No."), DIFFERENT),
+    # Text before the first header: dropped by the released parser, so that the prompts are the same.
+    ("Once\n\nHuman:   Where?  \n\nAssistant:   Here.  ", hh_text("Where?", " There. "), DIFFERENT),
+    # White space around a turn goes, in both.
+    (
+        "\n\nHuman:   Where?  \n\nAssistant:   Here.  ",
+        hh_text("Where?", " There. "),
+        (["Where?"], ["Here.", "There."]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "expected"), SHAPES)
+def test_a_pair_becomes_a_record_that_loses_nothing_or_a_reason(
+    chosen: str, rejected: str, expected: Any
+) -> None:
+    record = prepare_data.hh_record({"chosen": chosen, "rejected": rejected})
+    if isinstance(expected, str):
+        assert record == expected
+        return
+    contents, responses = expected
+    prompt = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    assert record == {"prompt": prompt, "responses": responses, "chosen": 0}
+    assert bare(chosen) == bare("".join([*contents, responses[0]]))
+
+
 def test_nothing_of_the_real_dialogues_is_lost(shared: Path) -> None:
-    pairs = cut_by_the_release = 0
-    for _, row in read_jsonl(shared / "hh/raw/harmless-base/test.jsonl.gz"):
+    pairs = 0
+    cut_by_the_release = 0
+    for _, row in clha.read_jsonl(shared / "hh/raw/harmless-base/test.jsonl.gz"):
         for text in (row["chosen"], row["rejected"]):
             contents = "".join(turn["content"] for turn in prepare_data.split_dialogue(text))
             assert re.sub(r"\s+", "", contents) == bare(text)
@@ -68,50 +151,54 @@ def test_nothing_of_the_real_dialogues_is_lost(shared: Path) -> None:
     assert (pairs, cut_by_the_release) == (2312, 185)
 
 
-def test_the_lines_that_the_released_parser_cuts_stay_whole() -> None:
+def test_the_lines_that_the_released_parser_cuts_stay_whole(shared: Path) -> None:
     cut = 0
-    for item in golden("parse.json")["items"]:
+    for item in json.loads((shared / "golden/parse.json").read_text())["items"]:
         for name in ("chosen", "rejected"):
             text = item["raw"][name]
             released = "".join(content for _, content in item[f"split_{name}"])
             ours = "".join(turn["content"] for turn in prepare_data.split_dialogue(text))
             assert re.sub(r"\s+", "", ours) == bare(text)
             cut += len(re.sub(r"\s+", "", released)) < len(bare(text))
-    assert cut > 0  # the reference items do have some that lose text there
+    assert cut > 0  # some of these items do lose text there
 
 
-def test_raw_rows_become_records_or_a_reason() -> None:
-    parse = prepare_data.hh_record
-    record = parse({"chosen": hh_text("Q", "A", "R", "good"), "rejected": hh_text("Q", "A", "R", "bad")})
-    assert record == {
-        "prompt": [
-            {"role": "user", "content": "Q"},
-            {"role": "assistant", "content": "A"},
-            {"role": "user", "content": "R"},
-        ],
-        "responses": ["good", "bad"],
-        "chosen": 0,
-    }
-    assert "different" in parse({"chosen": hh_text("Q", "A"), "rejected": hh_text("P", "A")})
-    assert "last turn" in parse({"chosen": hh_text("Q", "A", "R"), "rejected": hh_text("Q", "A")})
-    assert "last turn" in parse({"chosen": "", "rejected": hh_text("Q", "A")})
+# ------------------------------------------------------------------------------------------------------------
+# Whole data sets
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: Any) -> None:
+    """`prepare_data.py` with these words."""
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    prepare_data.main()
 
 
 def make_raw(folder: Path, name: str, rows: int, broken: int = 0) -> None:
-    """A raw HH file of `rows` pairs, `broken` of which have an empty reply."""
+    """A raw HH file of `rows` pairs, `broken` of which have an empty response."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
         for i in range(rows):
-            reply = "" if i < broken else f"reply {i}"
-            pair = {"chosen": hh_text(f"{name} {i}", reply), "rejected": hh_text(f"{name} {i}", "other")}
+            response = "" if i < broken else f"response {i}"
+            pair = {"chosen": hh_text(f"{name} {i}", response), "rejected": hh_text(f"{name} {i}", "other")}
             file.write(json.dumps(pair) + "\n")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: Any) -> str:
-    """What prepare_data.py prints."""
-    monkeypatch.setattr("sys.argv", ["prepare_data.py", *map(str, arguments)])
-    prepare_data.main()
-    return capsys.readouterr().out
+def read_splits(folder: Path, names: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, list[Record]]:
+    return {split: reward.read_records(folder / f"{split}.jsonl") for split in names}
+
+
+TABLE = """\
+| subset | train | dev | test | paper: train | test |
+| --- | --- | --- | --- | --- | --- |
+| harmless-base | 0 | {0} | {1} | 42,537 | 2,312 |
+| helpful-base | 17 | {2} | {3} | 43,835 | 2,354 |
+| helpful-online | 0 | 0 | 0 | 22,007 | 1,137 |
+| helpful-rejection-sampled | 0 | 0 | 0 | 52,421 | 2,749 |
+
+41 queries read, 4 of them left out
+  4: an empty response
+5 dev queries, which took 5 out of the test set
+"""
 
 
 def test_raw_files_become_three_sets_that_share_no_query(
@@ -120,122 +207,219 @@ def test_raw_files_become_three_sets_that_share_no_query(
     make_raw(tmp_path, "helpful-base/train", 20, broken=3)
     make_raw(tmp_path, "helpful-base/test", 12)
     make_raw(tmp_path, "harmless-base/test", 9, broken=1)
-    printed = run(
-        monkeypatch, capsys, "hh", "--source", tmp_path, "--out", tmp_path / "data", "--dev_items", 5
-    )
-    sets = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    run(monkeypatch, "hh", "--source", tmp_path, "--out", tmp_path / "data", "--dev_items", 5)
+    printed = capsys.readouterr().out
+    sets = read_splits(tmp_path / "data")
     assert {split: len(records) for split, records in sets.items()} == {"train": 17, "dev": 5, "test": 15}
     prompts = Counter(json.dumps(record["prompt"]) for record in sets["dev"] + sets["test"])
     assert len(prompts) == 20 and set(prompts.values()) == {1}
-    assert "41 queries read, 4 of them left out\n  4: an empty reply" in printed
-    counts = Counter(record["subset"] for record in sets["test"])
-    dev = Counter(record["subset"] for record in sets["dev"])
-    assert (
-        f"| helpful-base | 17 | {dev['helpful-base']} | {counts['helpful-base']} | 43,835 | 2,354 |"
-        in printed
-    )
-    assert "not found:" in printed and "helpful-online" in printed
-    again = run(
-        monkeypatch, capsys, "hh", "--source", tmp_path, "--out", tmp_path / "again", "--dev_items", 5
-    )
-    assert again == printed
+    counts = []
+    for subset in ("harmless-base", "helpful-base"):
+        counts += [sum(r["subset"] == subset for r in sets[split]) for split in ("dev", "test")]
+    assert sum(counts) == 20 and printed.endswith(TABLE.format(*counts))
+    lacking = [f"{subset}/{split}" for subset in prepare_data.TABLE_1 for split in ("train", "test")]
+    lacking = [name for name in lacking if not (tmp_path / f"{name}.jsonl.gz").exists()]
+    assert re.findall(r"not found: .*/([^/]+/[^/]+)\.jsonl", printed) == lacking and len(lacking) == 5
+    assert sets["train"][0] == {
+        "prompt": [{"role": "user", "content": "helpful-base/train 3"}],
+        "responses": ["response 3", "other"],
+        "chosen": 0,
+        "subset": "helpful-base",
+        "id": "helpful-base/train/4",
+    }
+    run(monkeypatch, "hh", "--source", tmp_path, "--out", tmp_path / "again", "--dev_items", 5)
+    assert capsys.readouterr().out == printed
     assert (tmp_path / "again/dev.jsonl").read_bytes() == (tmp_path / "data/dev.jsonl").read_bytes()
 
 
+def queries(number: int) -> list[Record]:
+    return [
+        {"prompt": [{"role": "user", "content": str(i)}], "responses": ["a", "b"], "id": str(i)}
+        for i in range(number)
+    ]
+
+
+def test_the_dev_set_is_drawn_from_all_of_the_test_set_by_the_seed() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        splits = {"train": [], "dev": [], "test": queries(100)}
+        assert prepare_data.hold_out(splits, 10, seed) == 10
+        places = [int(record["id"]) for record in splits["dev"]]
+        assert sorted(places + [int(record["id"]) for record in splits["test"]]) == list(range(100))
+        drawn.append(places)
+    assert drawn[0] == drawn[1] != drawn[2]
+    for places in drawn:
+        assert len(places) == 10 and min(places) < 50 <= max(places)
+
+
+def test_a_dev_query_leaves_the_test_set_in_any_order_of_its_responses() -> None:
+    test = queries(3) + queries(1)  # the first one twice
+    dev = [test[0] | {"responses": ["b", "a"], "id": "dev"}]
+    splits = {"train": queries(2), "dev": list(dev), "test": test}
+    assert prepare_data.hold_out(splits, 280, 42) == 2
+    assert splits == {"train": queries(2), "dev": dev, "test": queries(3)[1:]}
+    other = test[0] | {"responses": ["a", "c"]}
+    assert prepare_data.same_query(other) != prepare_data.same_query(test[0])
+
+
+def test_with_no_test_set_there_is_nothing_to_draw_from() -> None:
+    splits = {"train": queries(2), "dev": [], "test": []}
+    assert prepare_data.hold_out(splits, 280, 42) == 0 and splits["train"] == queries(2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The authors' files
+
+
 def release_row(prompt: str, rewards: list[float], subset: str = "helpful-base") -> dict[str, Any]:
-    """A row of the authors' files, with a reply for each reward."""
+    """A row of the authors' files, with a response for each reward."""
     prefix = ["<|prompter|>Hi", "<|assistant|>Hello", f"<|prompter|>{prompt}", "<|assistant|>"]
     return {
         "prefix": [prefix] * len(rewards),
-        "suffix": [f"reply {i} to {prompt}" for i in range(len(rewards))],
+        "suffix": [f"response {i} to {prompt}" for i in range(len(rewards))],
         "reward": rewards,
         "sft_index": 0,
         "meta": {"path": f"../raw_data/{subset}/dev.jsonl"},
     }
 
 
+def test_a_row_of_the_authors_becomes_a_record() -> None:
+    row = release_row("So?", [1.0, 2.0])
+    row["suffix"] = [" one.<|endoftext|>", "two\n\nlines"]
+    row["sft_index"] = 1
+    expected = {
+        "prompt": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "So?"},
+        ],
+        "responses": ["one.", "two\n\nlines"],
+        "rewards": [1.0, 2.0],
+        "chosen": 1,
+    }
+    assert prepare_data.release_record(row) == expected
+    assert prepare_data.release_record(row | {"prefix": row["prefix"][0]}) == expected  # one, not one each
+
+
 def test_the_authors_files_keep_their_rewards_and_dev_leaves_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     test = [release_row(f"q{i}", [1.5, -0.5]) for i in range(6)]
+    swapped = test[4] | {"suffix": test[4]["suffix"][::-1], "reward": [-0.5, 1.5]}
     files = {
         "hh_train_len3/train.json": [release_row("t", [2.0, 1.0, -1.0], "helpful-online")],
-        "hh_dev/sampled_dev.json": [test[2], test[4], release_row("elsewhere", [0.5, 0.25])],
+        "hh_dev/sampled_dev.json": [test[2], swapped, release_row("elsewhere", [0.5, 0.25], "unknown")],
         "hh_test/helpful_base.json": test,
     }
     for name, rows in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run(monkeypatch, capsys, "release", "--source", tmp_path, "--out", tmp_path / "data")
-    sets = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
+        reward.write_jsonl(tmp_path / name, rows)
+    run(monkeypatch, "release", "--source", tmp_path, "--out", tmp_path / "data")
+    printed = capsys.readouterr().out
+    sets = read_splits(tmp_path / "data")
     assert {split: len(records) for split, records in sets.items()} == {"train": 1, "dev": 3, "test": 4}
-    assert "3 dev queries, which took 2 out of the test set" in printed and "10 queries read, 0" in printed
+    assert "3 dev queries, which took 2 out of the test set" in printed
+    assert "10 queries read, 0 of them left out" in printed
+    assert "dev: 3 queries, rewards 0.458 +- 0.900; the best response is above 0" in printed
     assert sets["train"][0]["rewards"] == [2.0, 1.0, -1.0] and sets["train"][0]["subset"] == "helpful-online"
     assert [turn["content"] for turn in sets["dev"][0]["prompt"]] == ["Hi", "Hello", "q2"]
-    assert sets["dev"][0]["responses"] == ["reply 0 to q2", "reply 1 to q2"]
+    assert sets["dev"][0]["responses"] == ["response 0 to q2", "response 1 to q2"]
+    assert sets["dev"][2]["subset"] == "sampled-dev" and "| sampled-dev | 0 | 1 | 0 |  |  |" in printed
+    assert [record["id"] for record in sets["test"]] == [f"helpful-base/test/{i}" for i in (1, 2, 4, 6)]
 
 
-def test_the_real_files_of_the_authors_are_read(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    printed = run(monkeypatch, capsys, "release", "--source", shared / "hh/release_format", "--out", tmp_path)
-    assert "4,946 queries read, 9 of them left out\n  9: an empty reply" in printed
-    dev, test = (read_records(tmp_path / f"{split}.jsonl", need=["rewards"]) for split in ("dev", "test"))
-    assert len(dev) == 279 and not {*map(prepare_data.same_query, dev)} & {
-        *map(prepare_data.same_query, test)
-    }
+def test_the_real_files_of_the_authors_are_read(shared: Path) -> None:
+    source = str(shared / "hh/release_format")
+    rows = prepare_data.read_release(source)
+    splits, dropped = prepare_data.collect(rows, prepare_data.release_record)
+    read = sum(len(records) for records in splits.values()) + dropped.total()
+    assert read == 4946 and dropped == {"an empty response": 9}
+    assert prepare_data.hold_out(splits, 280, 42) == 136
+    assert len(splits["dev"]) == 279
+    dev = {prepare_data.same_query(record) for record in splits["dev"]}
+    assert not dev & {prepare_data.same_query(record) for record in splits["test"]}
 
 
-def test_replies_are_added_once_and_old_rewards_dropped() -> None:
+# ------------------------------------------------------------------------------------------------------------
+# Longer rankings
+
+
+def test_responses_are_added_once_and_numbers_that_no_longer_fit_are_dropped() -> None:
     record = {"prompt": [], "responses": ["a", "b"], "rewards": [1.0, 2.0], "chosen": 1, "id": "x"}
-    longer = prepare_data.add_replies(record, [" c ", "b", "", "c"])
-    assert longer == {"prompt": [], "responses": ["a", "b", "c"], "chosen": 1, "id": "x"}
+    record["reference_logps"] = [-1.0, -2.0]
+    longer = prepare_data.add_responses(record, [" c ", "b", "", "c", "d"])
+    assert longer == {"prompt": [], "responses": ["a", "b", "c", "d"], "chosen": 1, "id": "x"}
     assert record["responses"] == ["a", "b"]
 
 
-def augment(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """`prepare_data.py augment` with these words."""
-    monkeypatch.setattr("sys.argv", ["prepare_data.py", "augment", *map(str, words)])
-    prepare_data.main()
-
-
-def test_a_third_reply_from_a_file(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = read_records(world / "dev.jsonl")[:2]
-    write_jsonl(tmp_path / "two.jsonl", [first, second])
-    write_jsonl(tmp_path / "extra.jsonl", [{"id": second["id"], "response": "Ask Ann."}])
-    flags = ["--data", tmp_path / "two.jsonl", "--extra", tmp_path / "extra.jsonl"]
-    augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
-    one, two = read_records(tmp_path / "out.jsonl")
-    assert one["responses"] == first["responses"]
-    assert two["responses"] == [*second["responses"], "Ask Ann."]
-    write_jsonl(tmp_path / "extra.jsonl", [{"id": "nobody", "response": "Ask Ann."}])
-    with pytest.raises(InputError, match=r'extra.jsonl, line 1: needs "response"'):
-        augment(monkeypatch, *flags, "--out", tmp_path / "other.jsonl")
-    with pytest.raises(InputError, match=r"out.jsonl: exists already"):
-        augment(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
-
-
-def test_sampled_replies_are_the_same_after_a_stop(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_third_response_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = [row for _, row in read_jsonl(world / "rm_train.jsonl")][:300]  # a part of 256, and 44
-    write_jsonl(tmp_path / "data.jsonl", records)
-    flags = ["--data", tmp_path / "data.jsonl", "--model", world / "init", "--max_new_tokens", 3]
-    augment(monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    for record, longer in zip(records, read_records(tmp_path / "whole.jsonl"), strict=True):
-        assert longer["responses"][:2] == record["responses"] and longer["prompt"] == record["prompt"]
-    assert sum(len(r["responses"]) == 3 for r in read_records(tmp_path / "whole.jsonl")) > 200
+    first, second = queries(2)
+    second["rewards"] = [1.0, 0.0]
+    reward.write_jsonl(tmp_path / "two.jsonl", [first, second])
+    reward.write_jsonl(tmp_path / "more.jsonl", [{"id": "1", "response": "Ask Ann."}])
+    flags = ["join", "--data", tmp_path / "two.jsonl", "--responses", tmp_path / "more.jsonl"]
+    run(monkeypatch, *flags, "--out", tmp_path / "three.jsonl")
+    assert capsys.readouterr().out.startswith("1 of 2 responses, 1 of 3 responses; written to ")
+    one, two = reward.read_records(tmp_path / "three.jsonl")
+    assert one == first
+    assert two == queries(2)[1] | {"responses": ["a", "b", "Ask Ann."]}
+    with pytest.raises(InputError, match=r"three.jsonl: exists already"):
+        run(monkeypatch, *flags, "--out", tmp_path / "three.jsonl")
 
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # stopped at its second part
-        manual_seed = torch.manual_seed
-        patch.setattr("torch.manual_seed", lambda seed: manual_seed(seed) if seed == 42 else 1 / 0)
-        augment(patch, *flags, "--out", tmp_path / "again.jsonl")
-    (left,) = tmp_path.glob("again.jsonl.*.partial")
-    left.write_bytes(whole[: left.stat().st_size + 100])  # stopped within a line
-    seeds, manual_seed = [], torch.manual_seed
-    monkeypatch.setattr("torch.manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
-    augment(monkeypatch, *flags, "--out", tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == whole
-    assert seeds == [42 + 256]  # the first part was not sampled again
-    assert not list(tmp_path.glob("*.partial"))
+
+# ------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+ROW = {"prefix": ["<|prompter|>How?", "<|assistant|>"], "suffix": ["So.", "No."], "reward": [1, 2]}
+GOOD = {"id": "a", "prompt": [{"role": "user", "content": "How?"}], "responses": ["So.", "No."]}
+PAIR = {name: f"\n\nHuman: How?\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+HH = "hh --source {raw} --out {out}"
+RELEASE = "release --source {file} --out {out}"
+JOIN = "join --data {file} --responses {file} --out {out}"
+WRONG: list[tuple[str, list[dict[str, Any]], str]] = [
+    ("", [], "required: command"),
+    ("toy --out {out}", [], "invalid choice: 'toy'"),
+    ("hh --source nowhere --out {out}", [], "nowhere: no such folder, and not a hub name"),
+    ("hh --source ./no/where --out {out}", [], "./no/where: no such folder, and not a hub name"),
+    ("hh --source {empty} --out {out}", [], "has none of HH-RLHF's files"),
+    (HH, [{"chosen": 1, "rejected": ""}], "harmless-base/test, line 1: no texts chosen and rejected"),
+    (HH, [PAIR], "--dev_items 280: only 1 test queries to draw from"),
+    (HH + " --dev_items 1", [PAIR], "--dev_items 1: only 1 test queries to draw from"),
+    (HH + " --dev_items -1", [PAIR], "--dev_items -1: must be"),
+    (HH + " --out {file}", [PAIR], "data.jsonl: is a file"),
+    ("release --source {empty} --out {out}", [], "no such file, nor a folder"),
+    (RELEASE, [ROW, {"prefix": 1}], "data.jsonl, line 2: not a row of this format"),
+    (RELEASE, [ROW | {"prefix": ["How?"]}], "not end in <|assistant|>"),
+    (RELEASE, [ROW | {"prefix": ["lost", *ROW["prefix"]]}], '"prefix" does not begin with a tag'),
+    (RELEASE, [ROW | {"prefix": ["<|prompter|>How?"]}], "not end in <|assistant|>"),
+    (RELEASE, [ROW | {"suffix": "So."}], '"suffix" is not a list of texts'),
+    (RELEASE, [ROW | {"suffix": ["So.", 1]}], '"suffix" is not a list of texts'),
+    (RELEASE, [ROW | {"reward": [1]}], 'data.jsonl, line 1: "rewards" must be'),
+    (RELEASE, [ROW | {"reward": [1, None], "meta": None}], '"rewards" must be'),
+    (RELEASE, [ROW | {"sft_index": "0", "meta": []}], '"chosen" must be the index'),
+    (RELEASE + " --seed -1", [ROW], "--seed -1: must be"),
+    (JOIN, [GOOD], 'data.jsonl, line 1: needs a "response"'),
+    (JOIN, [GOOD | {"response": 1}], 'data.jsonl, line 1: needs a "response"'),
+    (JOIN, [GOOD | {"response": "Yes."}] * 2, 'each record needs an "id" of its own'),
+    (JOIN + " --out {empty}", [GOOD], "exists already"),
+]
+
+
+@pytest.mark.parametrize(("words", "rows", "message"), WRONG)
+def test_wrong_input_is_told_in_a_line_and_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    rows: list[dict[str, Any]],
+    message: str,
+) -> None:
+    file = tmp_path / "data.jsonl"
+    reward.write_jsonl(file, rows)
+    reward.write_jsonl(tmp_path / "raw" / "harmless-base" / "test.jsonl", rows)
+    (tmp_path / "empty").mkdir()
+    names = {name: tmp_path / name for name in ("raw", "empty", "out")}
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        run(monkeypatch, *words.format(file=file, **names).split())
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "empty", "raw"]

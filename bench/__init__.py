@@ -1,0 +1,1 @@
+"""What a run costs and what it survives: measurements, plans, faults. `python -m bench.NAME`."""

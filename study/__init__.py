@@ -1,0 +1,1 @@
+"""The paper's comparisons: rival objectives, the toy world, evaluation by people, and the report."""

@@ -1,0 +1,461 @@
+"""The objectives that the paper compares CLHA with, and the released loss, trained by clha.py's trainer.
+
+    python -m study.baselines --objective pro --model MODEL --train_data train.jsonl --output_dir out/pro
+    torchrun --nproc_per_node 8 -m study.baselines --objective dpo ...
+
+All flags of clha.py apply, but for those of the loss that an objective does not read. Data, trainer and
+evaluation are clha.py's, so two rows of a table differ in their objective alone.
+
+| objective | source | --alpha, the weight of the SFT term, if not given |
+| --- | --- | --- |
+| sft | imitate the best response by reward (CLHA's paper, Section 3.2) | - |
+| gated_sft | the same if its reward is above zero: Table 3, "w/o L_clha" | 0.05 (l - 1)^2, as in CLHA |
+| rrhf | Yuan et al. 2023: L_rank + L_ft | 1 |
+| pro | Song et al. 2023; without their temperatures, Eq. 2 of CLHA's paper | 0.05 (l - 1)^2, as in CLHA |
+| coh | Liu et al. 2023a: imitate text that calls one response good, another bad | - |
+| dpo | Rafailov et al. 2023, Eq. 7; Appendix A.3 for more than two responses | 0 |
+| released | CLHA as in the authors' code, by micro-batches of two queries | 0.05 (l - 1)^2 |
+
+What some of them need besides rewards is written into the records first, by a stage:
+
+    python -m study.baselines STAGE --data in.jsonl --out out.jsonl
+
+| stage | for | the records get |
+| --- | --- | --- |
+| labels | sft on the human choice | rewards 1 for the chosen response and 0 for the others |
+| ranked | released | their responses best first, as the authors' preprocessing leaves them |
+| hindsight | coh | two texts as responses, of the best and the worst one |
+| reference | dpo | "reference_logps", by --model MODEL; torchrun shares the work |
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import clha
+import reward
+from clha import Example, InputError, Policy, Record
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. The objectives: avg_logps, sum_logps, rewards (B, l) -> (B,). As in clha.py, responses are ordered best
+#    first, and rewards are NaN where a query has fewer than l. With sft_weight 0 the ranking term is left.
+
+
+def best_nll(logps: Tensor, rewards: Tensor) -> Tensor:
+    """Minus the log-probability of the response with the highest reward: (B, l), (B, l) -> (B,)."""
+    best = rewards.nan_to_num(nan=-math.inf).argmax(1, keepdim=True)  # the first of equals
+    return -logps.gather(1, best)[:, 0]
+
+
+def plackett_luce(scores: Tensor, present: Tensor) -> Tensor:
+    """How unlikely the order is: -sum_k log exp(s_k) / sum_{i >= k} exp(s_i), (B, l), (B, l) -> (B,)."""
+    lowest = torch.finfo(scores.dtype).min  # -inf would make gradients NaN
+    scores = scores.masked_fill(~present, lowest)
+    rest = scores.flip(1).logcumsumexp(1).flip(1)  # (B, l), log sum_{i >= k} exp(s_i)
+    return (rest - scores).masked_fill(~present, 0).sum(1)
+
+
+def sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+    """Imitates the response with the highest reward, and uses no other."""
+    return sft_weight * best_nll(sum_logps, rewards)
+
+
+def gated_sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+    """alpha (1 - lambda) L_sft of Eq. 7: imitates the best response if its reward is above zero."""
+    gate = (rewards > 0).any(1)
+    return sft_weight * gate * best_nll(sum_logps, rewards)
+
+
+def rrhf(
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, sft_reduction: str = "sum"
+) -> Tensor:
+    """RRHF: the sum of max(0, p_i - p_j) over pairs with r_i < r_j, plus the SFT term.
+
+    Their paper's SFT term L_ft is a sum over tokens; their code takes a mean (`sft_reduction` "mean"), which
+    makes it many times smaller.
+    """
+    below = rewards[:, :, None] < rewards[:, None, :]  # (B, l, l); never with NaN
+    hinge = (avg_logps[:, :, None] - avg_logps[:, None, :]).clamp(min=0)
+    logps = sum_logps if sft_reduction == "sum" else avg_logps
+    return (hinge * below).sum((1, 2)) + sft_weight * best_nll(logps, rewards)
+
+
+def pro(
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, temperatures: bool = True
+) -> Tensor:
+    """PRO: response k is set against all that are worse, for k = 1 ... l - 1, plus the SFT term.
+
+    The temperatures, 1 / (r_k - r_j), are used as the factors that they are in their code: p_j counts
+    r_k - r_j times, and p_k as often as the largest of those. Their code adds 1e-10 inside the logarithm,
+    which dominates where the rest is small; here the logarithm is a stable one.
+    """
+    present = rewards.isfinite()
+    imitation = sft_weight * best_nll(sum_logps, rewards)
+    if not temperatures:
+        return plackett_luce(avg_logps, present) + imitation
+    loss = torch.zeros_like(avg_logps[:, 0])
+    for k in range(avg_logps.shape[1] - 1):
+        worse = present[:, k + 1 :]  # (B, l - k - 1)
+        factor = rewards[:, k, None] - rewards[:, k + 1 :]
+        largest = factor.masked_fill(~worse, -math.inf).amax(1)
+        largest = largest.masked_fill(~worse.any(1), 0)  # the last response has none to beat
+        negatives = factor.masked_fill(~worse, 0) * avg_logps[:, k + 1 :]
+        negatives = negatives.masked_fill(~worse, -math.inf)
+        positive = largest * avg_logps[:, k]
+        scores = torch.cat([positive[:, None], negatives], dim=1)
+        loss = loss + scores.logsumexp(1) - positive
+    return loss + imitation
+
+
+def coh(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+    """Chain of hindsight: plain SFT on each text that `hindsight` made, summed over the texts of a query.
+
+    Their code leaves the words "Good answer:" out of the loss; here they are tokens like the others.
+    """
+    return -sft_weight * (sum_logps * rewards.isfinite()).sum(1)
+
+
+def dpo(
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    sft_weight: float,
+    reference_logps: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l).
+
+    For two responses this is -log sigmoid of the difference of their scores, Eq. 7 of the DPO paper.
+    """
+    scores = beta * (sum_logps - reference_logps)
+    return plackett_luce(scores, rewards.isfinite()) + sft_weight * best_nll(sum_logps, rewards)
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "sft": sft,
+    "gated_sft": gated_sft,
+    "rrhf": rrhf,
+    "pro": pro,
+    "coh": coh,
+    "dpo": dpo,
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The release as released. It is no sum over queries: the kept pairs of a micro-batch share one mean.
+
+MICRO_BATCH = 2  # queries per device and backward pass (train_hh.sh)
+
+
+def released_clha_loss(
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    margin: float,
+    min_reward_gap: float,
+    alpha: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The authors' loss of one micro-batch: (B, l) each -> the loss and its metrics, all scalars.
+
+    The order of the responses is taken for the ranking, whatever the rewards say. For each offset d = j - i
+    the loss has the mean of max(0, p_j - p_i + margin d) over the micro-batch's pairs with |r_i - r_j| >
+    min_reward_gap, or 0 if there are none. The SFT term is the mean over queries of minus the summed log-prob
+    of the first response, counted as 0 where its reward is not above zero.
+    """
+    gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
+    keep = (gap > min_reward_gap).triu(1)  # never with NaN
+    rank_loss = torch.zeros_like(avg_logps[0, 0])
+    for offset in range(1, rewards.shape[1]):
+        kept = keep.diagonal(offset, dim1=1, dim2=2)  # (B, l - offset)
+        hinge = (avg_logps[:, offset:] - avg_logps[:, :-offset] + margin * offset).clamp(min=0)
+        rank_loss = rank_loss + (hinge * kept).sum() / kept.sum().clamp(min=1)
+    gate = rewards[:, 0] > 0
+    sft_loss = -(gate * sum_logps[:, 0]).mean()
+    loss = rank_loss + alpha * sft_loss
+    metrics = {"loss": loss.detach(), "loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
+    order = rewards.nan_to_num(nan=-math.inf).argsort(dim=1, descending=True, stable=True)
+    sorted_logps = avg_logps.detach().gather(1, order)  # metrics go by reward
+    sorted_rewards = rewards.gather(1, order)
+    for name, value in clha.query_metrics(sorted_logps, sorted_rewards, keep, gate).items():
+        metrics[name] = value.mean()
+    return loss, metrics
+
+
+def released_loss_fn(config: "BaselineConfig") -> clha.LossFn:
+    """The released loss of a pack whose consecutive queries are micro-batches: their mean.
+
+    A step has an even number of queries, so each micro-batch weighs the same. (Dev data may have an odd
+    number: the last query is then a micro-batch of its own, with half the weight.)
+    """
+    loss_of = partial(
+        released_clha_loss, margin=config.margin, min_reward_gap=config.min_reward_gap, alpha=config.alpha
+    )
+
+    def loss_fn(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total = torch.zeros_like(avg_logps[0, 0])
+        means: dict[str, Tensor] = {}
+        for start in range(0, len(rewards), MICRO_BATCH):
+            rows = slice(start, start + MICRO_BATCH)
+            share = len(rewards[rows]) / len(rewards)
+            loss, metrics = loss_of(avg_logps[rows], sum_logps[rows], rewards[rows])
+            total = total + share * loss
+            for name, value in metrics.items():
+                means[name] = means.get(name, 0) + share * value
+        return total, means
+
+    return loss_fn
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Training
+
+
+@dataclass(kw_only=True)
+class BaselineConfig(clha.Config):
+    """clha.py's settings, the objective, and what belongs to some objectives alone."""
+
+    objective: Literal["sft", "gated_sft", "rrhf", "pro", "coh", "dpo", "released"] = clha.option(
+        MISSING, "what is minimized"
+    )
+    beta: float = clha.option(0.1, "of DPO: how hard it holds on to the reference model")
+    temperatures: bool = clha.option(True, "of PRO: factors by reward gap; without them it is Eq. 2")
+    sft_reduction: Literal["sum", "mean"] = clha.option(
+        "sum", "of RRHF's SFT term over tokens: a sum in its paper, a mean in its code"
+    )
+
+
+READ_BY = {  # the settings of the loss, and the objectives that read them
+    "margin": ("released",),
+    "min_reward_gap": ("released",),
+    "gate": (),
+    "alpha": ("gated_sft", "rrhf", "pro", "dpo", "released"),
+    "beta": ("dpo",),
+    "temperatures": ("pro",),
+    "sft_reduction": ("rrhf",),
+}
+ALPHAS = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}  # the others have CLHA's
+RELEASED = {"margin": 3.0, "min_reward_gap": 3.0}  # one literal 3 of the released code is both
+
+
+def check_config(config: BaselineConfig) -> None:
+    """Raises InputError for settings that the objective does not read, or that can't be."""
+    unread = []
+    for name, readers in READ_BY.items():
+        default = getattr(BaselineConfig, name)
+        if config.objective not in readers and getattr(config, name) != default:
+            unread.append(name)
+    if unread:
+        raise InputError(f"--objective {config.objective}: does not read {', '.join(unread)}; leave them out")
+    if config.beta <= 0:
+        raise InputError(f"--beta {config.beta:g}: must be above 0")
+    if config.objective == "released" and config.batch_size % MICRO_BATCH:
+        raise InputError(
+            f"--batch_size {config.batch_size}: must be even; released works on pairs of queries"
+        )
+
+
+def check_resumed(config: BaselineConfig) -> None:
+    """Raises InputError where a run of another objective would go on; clha.py compares its own settings."""
+    output = Path(config.output_dir)
+    if not clha.checkpoints(output / "checkpoints"):
+        return
+    before = reward.read_json(output / "config.json", {}, "the settings of a run")
+    for name in ("objective", "beta", "temperatures", "sft_reduction"):
+        now = getattr(config, name)
+        if before.get(name) != now:
+            changed = f"{name} {before.get(name)} -> {now}"
+            raise InputError(f"{output}: holds another run ({changed}); choose another --output_dir")
+
+
+def default_alpha(config: BaselineConfig) -> float:
+    """The weight of the SFT term where none is given; l is the largest number of responses in the data."""
+    if config.objective in ALPHAS:
+        return ALPHAS[config.objective]
+    length = max(len(record["responses"]) for record in clha.iter_records(config.train_data))
+    return 0.05 * (length - 1) ** 2
+
+
+def objective_loss_fn(config: BaselineConfig) -> clha.LossFn:
+    """The mean of an objective over a pack's queries, in the form in which `clha.train` calls it."""
+    names = [name for name in ("beta", "temperatures", "sft_reduction") if config.objective in READ_BY[name]]
+    settings = {name: getattr(config, name) for name in names}
+    objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
+
+    def loss_fn(
+        avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, **more: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = objective(avg_logps, sum_logps, rewards, **more).mean()
+        metrics = {"loss": loss.detach()}
+        keep, gate = clha.rescore(rewards, 0.0, use_gate=False)
+        for name, value in clha.query_metrics(avg_logps.detach(), rewards, keep, gate).items():
+            metrics[name] = value.mean()
+        return loss, metrics
+
+    return loss_fn
+
+
+def train(config: BaselineConfig) -> None:
+    """A whole run of `clha.train` with the objective of the config."""
+    check_config(config)
+    check_resumed(config)
+    if config.alpha is None:
+        config = replace(config, alpha=default_alpha(config))
+    if config.objective == "released":
+        clha.train(config, released_loss_fn(config), ranked=False, group=MICRO_BATCH)
+    elif config.objective == "dpo":
+        clha.train(config, objective_loss_fn(config), fields=("rewards", "reference_logps"))
+    else:
+        clha.train(config, objective_loss_fn(config))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Stages that write record files
+
+GOOD = "Good answer:"  # what chain of hindsight calls the responses
+BAD = "Bad answer:"
+
+
+def labels(record: Record) -> Record:
+    """The record with rewards 1 for the response that people chose and 0 for the others."""
+    rewards = [0.0] * len(record["responses"])
+    rewards[record["chosen"]] = 1.0
+    return record | {"rewards": rewards}
+
+
+def ranked(record: Record) -> Record:
+    """The record with its responses best first, as the authors' preprocessing leaves them."""
+    moved = clha.rank(record)
+    if "chosen" not in record:  # an order by reward is no label
+        del moved["chosen"]
+    return moved
+
+
+def hindsight(record: Record) -> Record:
+    """A record whose two responses are texts of chain of hindsight: best and worst response, either first.
+
+    `evaluate.py generate --response_prefix "Good answer:"` asks the trained model for a good one.
+    """
+    responses = clha.rank(record)["responses"]
+    good = f"{GOOD} {responses[0]}"
+    bad = f"{BAD} {responses[-1]}"
+    texts = [f"{good}\n\n{bad}", f"{bad}\n\n{good}"]
+    best = max(record["rewards"])
+    found = {"prompt": record["prompt"], "responses": texts, "rewards": [best, best], "chosen": 0}
+    return found | {name: record[name] for name in ("subset", "id") if name in record}
+
+
+@torch.no_grad()
+def response_logps(
+    policy: Policy, examples: list[Example], stand_in: Example, config: clha.Config, device: torch.device
+) -> list[list[float]]:
+    """The summed log-probabilities of each example's responses.
+
+    All processes call it together, each with its own examples. A sharded model needs as many forward passes
+    on each of them: a process with fewer packs runs it on `stand_in`.
+    """
+    packs: list[list[int]] = []
+    if examples:
+        packs = clha.balance([example["size"] for example in examples], config.pack_tokens, 1)
+    most = torch.tensor(len(packs))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    found: list[list[float]] = [[] for _ in examples]
+    for indices in packs + [[]] * (int(most) - len(packs)):
+        queries = [examples[i] for i in indices]
+        rows = policy(clha.pack(queries or [stand_in], device)).tolist()
+        for i, row in zip(indices, rows, strict=False):
+            found[i] = row[: len(examples[i]["response_ids"])]
+    return found
+
+
+def write_reference(args: argparse.Namespace) -> None:
+    """Adds "reference_logps", each response's summed log-probability under a model, in the record's order.
+
+    All processes together; stopped, it goes on where it was.
+    """
+    _, processes, device = clha.init_process()
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    config = clha.Config(args.model, args.data, args.out, **limits, pack_tokens=args.pack_tokens)
+    config = clha.settle(config, device)
+    records = reward.read_records(args.data)
+    tokenizer = clha.load_tokenizer(args.model)
+    policy = clha.load_policy(config, device).eval()
+
+    def work(share: list[Record], _: int) -> list[Record]:
+        examples = [clha.encode(record, tokenizer, config) for record in share]
+        stand_in = clha.encode(records[0], tokenizer, config)
+        logps = response_logps(policy, examples, stand_in, config, device)
+        return [record | {"reference_logps": row} for record, row in zip(share, logps, strict=True)]
+
+    settings = [reward.fingerprint(args.model), limits, config.dtype]
+    reward.write_in_parts(Path(args.out), records, settings, work, 512 * processes, "reference")
+
+
+def write_stage(args: argparse.Namespace) -> None:
+    """Writes the records of a stage that changes them one by one."""
+    change, need = CHANGES[args.command]
+    records = clha.iter_records(args.data, need=[need])
+    reward.write_jsonl(args.out, (change(record) for record in records))
+
+
+CHANGES = {"labels": (labels, "chosen"), "ranked": (ranked, "rewards"), "hindsight": (hindsight, "rewards")}
+STAGES = (*CHANGES, "reference")
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. The command line
+
+
+def parse_config(argv: list[str]) -> BaselineConfig:
+    """The flags of a training run; margin and reward gap of `released` are 3 if not given."""
+    parser = reward.Parser(BaselineConfig, description=__doc__)
+    args = parser.parse_args(argv)
+    if args.objective == "released":
+        parser.set_defaults(**RELEASED)
+        args = parser.parse_args(argv)
+    return BaselineConfig(**vars(args))
+
+
+def parse_stage(argv: list[str]) -> argparse.Namespace:
+    """The flags of a stage."""
+    parser = reward.Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in STAGES:
+        stage = commands.add_parser(name, description=__doc__)
+        stage.add_argument("--data", required=True, help="records, JSON lines")
+        stage.add_argument("--out", required=True, help="the records as the stage leaves them")
+    stage.add_argument("--model", required=True, help="reference model: a folder or a hub name")
+    stage.add_argument("--max_length", type=int, default=512, help="as in the training run")
+    stage.add_argument("--max_prompt_length", type=int, default=384, help="as in the training run")
+    stage.add_argument("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
+    return parser.parse_args(argv)
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Runs a stage."""
+    reward.check_numbers(args)
+    reward.check_output(args.out, "file")
+    if args.command == "reference":
+        write_reference(args)
+    else:
+        write_stage(args)
+
+
+def main(argv: list[str]) -> None:
+    """Runs a stage if the first word names one, else a training run."""
+    if argv and argv[0] in STAGES:
+        run_stage(parse_stage(argv))
+    else:
+        train(parse_config(argv))
+
+
+if __name__ == "__main__":
+    clha.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""The ways that bench.train_step, bench.gpu and bench.score compare do the same work, on a tiny model."""
+
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+import clha
+from bench import gpu, lengths, score, train_step
+
+CPU = torch.device("cpu")
+
+
+def shortest(number: int) -> list[clha.Example]:
+    """A few short queries."""
+    return sorted(lengths.queries(24, seed=0), key=lambda query: query["size"])[:number]
+
+
+def test_all_ways_of_a_step_have_one_loss() -> None:
+    policy = train_step.build("2M")
+    losses = {}
+    for way in ("padded", "concatenated", "ours", "rows"):
+        train_step.prepare(policy, way)
+        losses[way] = train_step.WAYS[way](policy, shortest(3)).item()
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["ours"]), rel=1e-5)
+
+
+def test_the_bare_step_has_as_many_tokens() -> None:
+    policy = train_step.build("2M")
+    queries = [query for query in shortest(1) for _ in range(2)]
+    seen = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    train_step.prepare(policy, "floor")
+    train_step.floor(policy, queries)
+    hook.remove()
+    assert seen[0]["input_ids"].shape == (2, queries[0]["size"])
+    assert len(seen[0]["logits_to_keep"]) == sum(map(len, queries[0]["response_ids"]))
+
+
+def test_the_last_line_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = MagicMock()
+    pool.return_value.Pool.return_value.__enter__.return_value.apply.return_value = 1.0
+    monkeypatch.setattr(train_step.multiprocessing, "get_context", pool)
+    monkeypatch.setattr(sys, "argv", ["train_step", "--models", "2M", "--queries", "1", "--steps", "1"])
+    train_step.main()
+    [row] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(row) == [
+        *("model", "parameters", "queries", "steps", "padded_over_ours", "concatenated_over_ours"),
+        *("ours_over_floor", "rows_over_ours", "peak_memory_gib"),
+    ]
+    assert list(row["peak_memory_gib"]) == ["padded", "concatenated", "ours", "floor", "rows"]
+
+
+def test_packs_score_as_padded_batches_do() -> None:
+    model = score.build("2M", CPU, torch.float32)
+    times, difference = score.compare(model, number=4, rounds=1)
+    assert difference < 1e-5
+    assert [len(seconds) for seconds in times.values()] == [1, 1]
+
+
+def test_a_pack_is_filled_and_not_overfilled() -> None:
+    for tokens in (640, 4096, 65536):
+        total = sum(query["size"] for query in gpu.fill(tokens, seed=1))
+        assert tokens - 640 < total <= tokens
+
+
+def test_a_run_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = "--stages ways profile sweep --model 2M --device cpu --queries 1 --rounds 1 --pack_tokens 640"
+    flags += f" --checkpointing none --peak_tflops 0.5 --out {tmp_path}/gpu.jsonl"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags.split()])
+    gpu.main()
+    printed = capsys.readouterr().out
+    assert "aten::mm" in printed
+    results = json.loads(printed.splitlines()[-1])
+    ours, padded, _ = results["ways"]
+    assert [row["way"] for row in results["ways"]] == ["ours", "padded", "concatenated"]
+    for row in results["ways"]:
+        assert row["loss"] == pytest.approx(ours["loss"], rel=1e-2)  # each trains weights of its own
+        assert row["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
+        assert row["flops_per_s"] == pytest.approx(6 * 2068640 * row["tokens_per_s"])
+        assert row["mfu"] == pytest.approx(row["flops_per_s"] / 0.5e12)
+        assert row["over_ours"] == pytest.approx(row["seconds"][0] / ours["seconds"][0])
+    assert f"| 2M | padded | done | 2068640 | {padded['queries_per_s']:,.4g} |" in printed
+    assert [row["result"] for row in results["sweep"]] == ["done"]
+    rate = json.loads((tmp_path / "gpu.jsonl").read_text())
+    assert rate["gpu"] == "CPU"
+    assert rate["flops_per_s"] == ours["flops_per_s"]
+
+
+def test_a_way_that_runs_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def too_large(trainer: Any, way: str, queries: list[clha.Example]) -> dict[str, float]:
+        made.append(weakref.ref(trainer))
+        if way == "padded":
+            raise torch.OutOfMemoryError("no memory")
+        return {"loss": 1.0, "grad_norm": 1.0}
+
+    monkeypatch.setattr(gpu, "step", too_large)
+    rows = gpu.ways(gpu.Trial("ours", "2M", CPU, 1024, rounds=1, queries=1))
+    assert [row["result"] for row in rows] == ["done", "out of memory", "done"]
+    assert rows[1]["over_ours"] is None
+    gpu.show(rows, peak_tflops=1.0)  # with empty cells
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model 24M", "there is no GPU"),
+        ("--device cpu --rounds 0", "--rounds 0"),
+        ("--device cpu --pack_tokens 1000", "multiple of 128"),
+        ("--model 9B", "invalid choice"),
+    ],
+)
+def test_wrong_flags_are_told_in_a_line(flags: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags.split()])
+    with pytest.raises(clha.InputError, match=said):
+        gpu.parse_args()
