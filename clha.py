@@ -7,7 +7,7 @@ A reward model has scored the responses to each prompt. CLHA fine-tunes a langua
 where p_i is the mean log-probability of the i-th best response, k drops pairs whose rewards are too close,
 and lambda drops the imitation of a response whose reward is not above zero. The code speaks of what stays:
 `keep` is 1 - k, `gate` is 1 - lambda. Rewards are used as they are in the file, neither scaled nor centered.
-Read from top to bottom, the way the data goes; sections 1 to 6 are the paper, the rest keeps a run alive:
+Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data's way:
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
@@ -24,6 +24,7 @@ out/final is a Hugging Face folder that transformers, vLLM and other engines loa
 
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -75,12 +76,18 @@ class Config:
     output_dir: str = option(MISSING, "receives metrics.jsonl, config.json, checkpoints/ and final/")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
-    margin: float = option(0.3, "of Eq. 6, in nats per token; the paper gives no value")
-    min_reward_gap: float = option(0.5, "a pair trains only if its rewards differ by more: k of Eq. 5")
+    margin: float = option(
+        0.3, "of Eq. 6, in nats per token; the paper gives none, this one suits the toy world"
+    )
+    min_reward_gap: float = option(
+        0.5, "a pair trains only if its rewards differ by more than this: k of Eq. 5"
+    )
     gate: bool = option(True, "imitate the best response only if its reward is above zero: lambda of Eq. 7")
-    alpha: float | None = option(None, "weight of L_sft; if not given 0.05 (l - 1)^2, as in Section 3.3")
+    alpha: float | None = option(
+        None, "of Eq. 7; if not given 0.05 (l - 1)^2, l the most responses of a query"
+    )
     # Tokens
-    max_length: int = option(512, "tokens of a prompt and a response together; the end is cut (train_hh.sh)")
+    max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
     max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
     # Optimization
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
@@ -94,16 +101,18 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
     seed: int = option(42, "of the data order, which is the same for any number of processes")
     # Speed and memory: none of these changes a result by more than rounding
-    pack_tokens: int = option(0, "most tokens of a forward pass on one process; 0: 8192 on a GPU, else 1024")
+    pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
     flex: bool = option(True, "on a GPU, attention over a pack is one kernel, flex_attention; else SDPA")
-    activation_checkpointing: Literal["full", "none"] = option("full", "layers recompute all, or nothing")
+    activation_checkpointing: Literal["full", "none"] = option(
+        "full", "full: layers recompute their activations"
+    )
     replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
     token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
     # Watching and safety
     eval_every: int = option(100, "steps between evaluations on --dev_data")
     save_every: int = option(0, "steps between model folders OUTPUT_DIR/step-N (release: 600); 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints to resume from; 0: only when stopped")
-    deterministic: bool = option(False, "only operations that repeat their bits on a GPU: slower")
+    deterministic: bool = option(False, "on a GPU, only kernels that repeat their bits; slower")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,9 +135,7 @@ def rank(record: Record) -> Record:
     for name, values in record.items():
         if isinstance(values, list) and len(values) == len(order) and name != "prompt":
             ranked[name] = [values[i] for i in order]
-    if "chosen" in record:
-        ranked["chosen"] = order.index(record["chosen"])
-    return ranked
+    return ranked | {"chosen": order.index(record.get("chosen", 0))}
 
 
 def render(prompt: list[Turn]) -> str:
@@ -144,7 +151,7 @@ Example = dict[str, Any]  # what `encode` returns, and numbers per response by n
 
 
 def token_ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
-    """The ids of some texts; "</s>" in a text is four characters there, not the end of a response."""
+    """The ids of some texts; "</s>" in a text is plain text there, not EOS."""
     return tokenizer(lines, split_special_tokens=True, truncation=False, padding=False).input_ids
 
 
@@ -159,8 +166,8 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
     """A record as `prompt_ids` and `response_ids`, each ended by EOS where it is not cut; and some counts.
 
-    Raises InputError if the prompt's ids are not a prefix of the whole text's: where a tokenizer merges
-    across the start of a response, its log-probability is ill-defined.
+    Raises InputError where a tokenizer merges across the start of a response, whose log-probability is then
+    ill-defined: the prompt's ids are not a prefix of the whole text's.
     """
     prompt = render(record["prompt"])
     texts = [prompt, *(f"{prompt} {response}" for response in record["responses"])]
@@ -186,8 +193,8 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
 #     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
 #     response  -1 -1 -1 -1  0  0   0    1  1  1   1    |  -1 -1 -1  0   0    1  1   1
 #
-# A token sees the earlier tokens of its own query that are prompt or its own response. So each response gets
-# exactly the log-probability that it has alone, and the prompt is computed once.
+# A token sees itself and the earlier tokens of its own query that are prompt or its own response. So each
+# response gets exactly the log-probability that it has alone, and the prompt is computed once.
 
 
 @dataclass
@@ -235,7 +242,7 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
     if length:
         filling = length - len(ids)
         ids += ids[:1] * filling
-        position += range(filling)
+        position += [0] * filling
         response += [-1] * filling
         query += [len(examples)] * filling
 
@@ -281,6 +288,8 @@ def pack_attention(
 
     It has neither soft caps nor sliding windows; `check_decoder` refuses models that need them.
     """
+    if settings.get("s_aux") is not None:
+        raise InputError(f"{type(module).__name__}: attention sinks are not supported")
     masks = settings["pack_mask"]
     sizes = [len(mask) for mask in masks]
     grouped = query.shape[1] != key.shape[1]  # several query heads share a key head
@@ -314,6 +323,10 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        if not (model._supports_attention_backend and model._supports_sdpa):
+            raise InputError(
+                f"{model.config.model_type}: models with attention of their own are not supported"
+            )
         self.model = model
 
     def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -432,7 +445,7 @@ def load(kind: Any, path: str, **settings: Any) -> Any:
     try:
         loaded = kind.from_pretrained(path, trust_remote_code=False, **settings)
     except Exception as error:
-        raise InputError(f"{path}: cannot be loaded ({error!r:.300})") from error
+        raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     if info.get("missing_keys"):  # transformers would draw them at random
         raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
@@ -453,9 +466,11 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def check_decoder(config: PretrainedConfig, longest: int) -> None:
     """Raises InputError for a model whose attention over a query, or whose logits, a Policy gets wrong."""
-    refused = "attn_logit_softcapping final_logit_softcapping lm_head_multiplier logit_scale logits_scaling"
-    wrong = [name for name in refused.split() if getattr(config, name, None) not in (None, 1)]
-    if (getattr(config, "sliding_window", None) or longest) < longest:
+    scales = "attn_logit_softcapping final_logit_softcapping lm_head_multiplier logit_scale logits_scaling"
+    wrong = [name for name in scales.split() if getattr(config, name, None) not in (None, 1)]
+    wrong += {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
+    window = getattr(config, "sliding_window", None)
+    if window and window < longest:
         wrong.append(f"a sliding_window shorter than a query of {longest} tokens")
     if wrong:
         raise InputError(f"{config.model_type}: models with {' and '.join(wrong)} are not supported")
@@ -509,6 +524,8 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         model = AutoModelForCausalLM.from_config(policy.model.config, **settings)
 
     def write() -> None:
+        if path.exists():  # saved before the run was killed
+            return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
         unfinished = path.with_suffix(".partial")
@@ -549,8 +566,7 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
     except dcp.CheckpointException as error:
         on_first_process(remove)
-        reason, _ = next(iter(error.failures.values()))
-        raise InputError(f"{path}: cannot be saved ({reason}); older checkpoints stay") from error
+        raise InputError(f"{path}: cannot be saved ({reason(error)}); older checkpoints stay") from error
 
     def publish() -> None:
         (unfinished / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
@@ -561,6 +577,13 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
     on_first_process(publish)
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line; of several that processes met in a checkpoint, the first."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return " ".join(str(error).split())[:300]
+
+
 def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
     """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
@@ -569,8 +592,8 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identi
         differ = [name for name in identity if before.get(name) != identity[name]]
         if not differ:
             dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    except Exception as error:
-        raise InputError(f"{path}: damaged ({error!s:.300}); without it, the one before serves") from error
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        raise InputError(f"{path}: damaged ({reason(error)}); without it, the one before serves") from error
     if differ:
         changes = ", ".join(f"{name} {before.get(name)} -> {identity[name]}" for name in differ)
         raise InputError(f"{path}: of another run ({changes}); choose another --output_dir")
@@ -583,7 +606,11 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identi
 LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Names = tuple[str, ...]
 REWARDS = ("rewards",)
-MAX_SKIPPED = 5  # so many steps in a row that are not finite end the run
+MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
+FREE = {  # settings that may change when a run resumes: no step depends on them, but for rounding
+    *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
+    *("pack_tokens", "flex", "activation_checkpointing", "replicate"),
+}
 
 
 def load_examples(
@@ -600,17 +627,24 @@ def load_examples(
             values = {name: list(map(float, record[name])) for name in fields}
             yield encode(record, tokenizer, config) | values
 
+    def name_of_all() -> str:
+        """A hash of all that the tokenized data depend on."""
+        content = hashlib.sha256(Path(path).read_bytes()).digest() if Path(path).is_file() else path
+        code = [inspect.getsource(function) for function in (rank, render, token_ids, cut_prompt, encode)]
+        settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
+        return datasets.fingerprint.Hasher.hash((content, tokenizer, code, settings))
+
+    name = on_first_process(name_of_all)
+    cache = config.token_cache or f"{config.output_dir}/tokens"
+
     def find_or_make() -> datasets.Dataset:
         try:
             return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
+        except ValueError as error:
+            raise InputError(f"{cache}: damaged ({reason(error)}); it can be removed") from error
 
-    # The name of the cached data is a hash of all that it depends on.
-    settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
-    contents = [hashlib.sha256(Path(file).read_bytes()).digest() for file in (path, __file__)]
-    name = datasets.fingerprint.Hasher.hash((contents, tokenizer, settings))
-    cache = config.token_cache or f"{config.output_dir}/tokens"
     on_first_process(lambda: len(find_or_make()))
     return find_or_make()
 
@@ -622,9 +656,11 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
     """
     per_epoch = queries // config.batch_size
     steps = config.max_steps or round(config.epochs * per_epoch)
-    if per_epoch == 0 or steps == 0:
+    if per_epoch == 0:
+        raise InputError(f"--batch_size {config.batch_size}: there are only {queries} queries")
+    if not 1 <= steps < 2**32:
         raise InputError(
-            f"--batch_size {config.batch_size}: {queries} queries and --epochs make no step of it"
+            f"--epochs {config.epochs:g}: makes {steps:,} steps, of {config.batch_size} queries each"
         )
     order: list[list[int]] = []
     for epoch in range(math.ceil(steps / per_epoch)):
@@ -637,8 +673,7 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
 def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
     """Spreads items of these sizes evenly over packs of at most `limit` tokens: the indices in each pack.
 
-    Packs are a multiple of `processes`, even if some stay empty: each process of a sharded model must make
-    as many passes.
+    Some packs may stay empty, as each process of a sharded model must make as many passes.
     """
     limit = max(limit, *sizes)  # an item is not divided
     number = math.ceil(sum(sizes) / limit / processes) * processes
@@ -666,24 +701,24 @@ def make_packs(
 ) -> list[Pack]:
     """This process's part of a batch of queries, as packs of at most `limit` tokens, or of as many (`fill`).
 
-    Each `group` of consecutive queries shares a pack.
+    Each `group` of consecutive queries shares a pack, for a loss that needs them together.
     """
     groups = [examples[i : i + group] for i in range(0, len(examples), group)]
     sizes = [sum(example["size"] for example in members) for members in groups]
     packs = []
-    for indices in balance(sizes, limit, dist.get_world_size()):
+    for indices in balance(sizes, limit, dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]:
         members = [example for i in sorted(indices) for example in groups[i]]
         made = pack(members or groups[0], device, limit if fill else 0)  # if empty, only to keep step
         made.share = len(members) / len(examples)
         packs.append(made)
-    return packs[dist.get_rank() :: dist.get_world_size()]
+    return packs
 
 
 def run_batch(policy: Policy, packs: list[Pack], loss_fn: LossFn, train: bool) -> dict[str, float]:
     """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate.
 
     The loss of a pack is a mean over its queries, and its weight is its share of the batch's queries. So the
-    sum is the mean over the batch, whatever the packs and the number of processes.
+    sum is the mean over the batch, however it is divided into packs and processes.
     """
     totals: dict[str, Any] = {}
     for batch in packs:
@@ -692,6 +727,7 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: LossFn, train: bool) -
             loss, metrics = loss_fn(mean_logps(sum_logps, batch.lengths), sum_logps, **batch.values)
         if train:  # FSDP averages gradients over the processes, and this is to be their sum
             (loss * batch.share * dist.get_world_size()).backward()
+        metrics = {"loss": loss.detach()} | metrics
         totals = {name: totals.get(name, 0) + value * batch.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
@@ -707,67 +743,82 @@ def train(
 ) -> None:
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
-    Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics);
-    its `values` are the numbers per response that `fields` names. See `load_examples` for `ranked`, and
-    `make_packs` for `group`. Raises InputError for settings, data or a model that cannot be used.
+    Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics, 0-d
+    tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
+    `load_examples`, `group` at `make_packs`. Raises InputError for settings, data or a model that are wrong.
     """
-    rank, processes, device = init_process()
+    _, _, device = init_process()
     config = settle(config, device)
+    lock = filelock.FileLock(Path(config.output_dir) / ".lock")
+    on_first_process(lambda: open_output(Path(config.output_dir), lock))
+    try:
+        tokenizer = load_tokenizer(config.model)
+        load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
+        examples = load_data(config.train_data)
+        dev_examples = load_data(config.dev_data).to_list() if config.dev_data else []
+        if config.alpha is None:
+            config.alpha = 0.05 * (max(map(len, examples["response_ids"])) - 1) ** 2  # Section 3.3
+        settings = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "gate": config.gate}
+        loss_fn = loss_fn or partial(clha_loss, alpha=config.alpha, **settings)
+        take_steps(config, device, tokenizer, examples, dev_examples, loss_fn, group)
+    finally:
+        lock.release()
+
+
+def take_steps(
+    config: Config,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    examples: datasets.Dataset,
+    dev_examples: list[Example],
+    loss_fn: LossFn,
+    group: int,
+) -> None:
+    """All steps that are not done yet; saves checkpoints on the way, and the model at the end."""
+    process = dist.get_rank()
+    processes = dist.get_world_size()
     output = Path(config.output_dir)
-    lock = filelock.FileLock(output / ".lock")  # held until this function returns
-    on_first_process(lambda: open_output(output, lock))
-    tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config.train_data, tokenizer, config, fields, ranked)
-    dev_examples: list[Example] = []
-    if config.dev_data:
-        dev_examples = load_examples(config.dev_data, tokenizer, config, fields, ranked).to_list()
     order = data_order(len(examples), config)
     sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
-    if config.alpha is None:
-        config.alpha = 0.05 * (max(map(len, examples["response_ids"])) - 1) ** 2  # Section 3.3
-    settings = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "gate": config.gate}
-    loss_fn = loss_fn or partial(clha_loss, alpha=config.alpha, **settings)
-
     policy = load_policy(config, device)
-    check_decoder(policy.model.config.get_text_config(), max(sizes))
+    check_decoder(policy.model.config.get_text_config(), min(config.max_length, max(sizes)))
     # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
-    fill = config.flex and device.type == "cuda" and not getattr(policy.model.config, "attention_dropout", 0)
+    possible = device.type == "cuda" and policy.model._supports_flex_attn
+    dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
+    fill = config.flex and possible and not any(dropout)
     limit = pack_limit(sizes, order, config.pack_tokens, group)
     packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
     adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
     optimizer = adamw(policy.parameters(), config.learning_rate)
-    schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
-    identity = run_identity(config, examples)
+    kind = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
+    schedule = transformers.get_scheduler(kind, optimizer, config.warmup_steps, len(order))
+    identity = {name: value for name, value in asdict(config).items() if name not in FREE}
+    identity["tokens"] = examples._fingerprint
     newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
     done = restore(newest[0], policy, optimizer, identity) if newest else 0
     for _ in range(done):
         schedule.step()
-    if rank == 0:
+    tokens = sum(sizes[i] for indices in order[:done] for i in indices)
+    skipped = 0  # steps in a row
+    if process == 0:
         start_log(output, config, done)
         cut = sum(map(bool, examples["cut"]))
-        print(
-            f"train   {policy.model.num_parameters():,} parameters, {len(examples):,} queries ({cut:,} cut)"
-        )
+        size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries, {cut:,} of them cut"
+        print(f"train   {size}")
         print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
-
-    skipped = 0  # steps in a row
-    tokens = sum(sizes[i] for indices in order[:done] for i in indices)
-    bar = tqdm(desc="train", total=len(order), initial=done, disable=None if rank == 0 else True)
+    bar = tqdm(desc="train", total=len(order), initial=done, disable=None if process == 0 else True)
     with noted_signals() as signals:
         for step, indices in enumerate(order[done:], done + 1):
             start = time.perf_counter()
-            torch.manual_seed(config.seed + step * processes + rank)  # of dropout, in a model that has it
+            torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
             batch = examples.select(indices).to_list()
-            metrics: dict[str, Any] = {"step": step, "epoch": step * config.batch_size / len(examples)}
-            metrics |= run_batch(policy, packs_of(batch), loss_fn, train=True)
+            metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
             metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            skipped += 1
             if math.isfinite(metrics["loss"] + norm):
                 optimizer.step()
                 skipped = 0
-            else:
-                skipped += 1
-                metrics["skipped"] = [example["id"] for example in batch]
             optimizer.zero_grad()
             schedule.step()
             batch_tokens = sum(example["size"] for example in batch)
@@ -776,40 +827,37 @@ def train(
                 "num_tokens": tokens,
                 "tokens_per_second": batch_tokens / (time.perf_counter() - start),
             }
-
+            metrics["epoch"] = step * config.batch_size / len(examples)
             if dev_examples and (step % config.eval_every == 0 or step == len(order)):
                 dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
                 metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
                 policy.train()
-            if rank == 0:
-                log(output, metrics)
-                bar.set_postfix(loss=metrics["loss"], accuracy=metrics["rewards/accuracies"])
+            if process == 0:
+                row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                row |= {"skipped": [example["id"] for example in batch]} if skipped else {}
+                with (output / "metrics.jsonl").open("a") as file:
+                    print(json.dumps({"step": step} | row), file=file)  # JSON has no NaN
+                bar.set_postfix(loss=metrics["loss"])
                 bar.update()
-            if skipped == MAX_SKIPPED:
+            if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
                 raise InputError(
                     f'{output}/metrics.jsonl: {skipped} steps in a row were not finite; see "skipped"'
                 )
             if config.save_every and step % config.save_every == 0:
                 save_model(policy, tokenizer, output / f"step-{step}", config)
-            stop = largest(max(signals, default=0), device)  # all processes stop at the same step, or none
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if optimizer.state and not skipped and (due or stop):
+            stop = torch.tensor(max(signals, default=0), device=device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
+            due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
+            if optimizer.state and (due or stop):
                 path = output / "checkpoints" / f"step-{step}"
                 save_checkpoint(path, state_tensors(policy, optimizer), identity)
             if stop and step < len(order):
-                print(f"stopped after step {step}; the same command resumes" * (rank == 0), flush=True)
-                raise SystemExit(128 + stop)  # as if the signal had ended it
+                if process == 0:
+                    print(f"stopped after step {step}; the same command resumes", flush=True)
+                raise SystemExit(128 + int(stop))  # as if the signal had ended it
     save_model(policy, tokenizer, output / "final", config)
-    if rank == 0:
+    if process == 0:
         print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
-
-
-def run_identity(config: Config, examples: datasets.Dataset) -> dict[str, Any]:
-    """What must be the same when a run resumes; the settings left out change nothing but rounding."""
-    names = list(asdict(config))
-    free = {*names[1:4], *names[names.index("pack_tokens") : names.index("deterministic")]}
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    return settings | {"tokens": examples._fingerprint}
 
 
 def start_log(output: Path, config: Config, done: int) -> None:
@@ -818,15 +866,6 @@ def start_log(output: Path, config: Config, done: int) -> None:
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
     (output / "metrics.partial").write_text("".join(lines))
     (output / "metrics.partial").replace(output / "metrics.jsonl")
-
-
-def log(output: Path, metrics: dict[str, Any]) -> None:
-    """Appends a line to metrics.jsonl; JSON has no number for what is not finite, which becomes null."""
-    infinite = [
-        name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)
-    ]
-    with (output / "metrics.jsonl").open("a") as file:
-        print(json.dumps(metrics | dict.fromkeys(infinite)), file=file)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -862,17 +901,12 @@ def on_first_process(work: Callable[[], Any]) -> Any:
             outcome[0] = work()
         except (InputError, OSError) as error:
             outcome[1] = error
+        except Exception as error:
+            outcome[1] = InputError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def largest(value: int, device: torch.device) -> int:
-    """The largest value over all processes."""
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
 
 
 @contextmanager
@@ -881,17 +915,22 @@ def noted_signals() -> Iterator[list[int]]:
     noted: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
-    yield noted
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def settle(config: Config, device: torch.device) -> Config:
     """A copy of the settings with what the device decides filled in. Raises InputError for wrong ones."""
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
-        if isinstance(value, int | float) and not least <= value < 1e38:
-            raise InputError(f"--{name} {value}: must be a finite number of {least} or more")
+        most = 2**32 if isinstance(value, int) else 1e38
+        if isinstance(value, int | float) and not least <= value < most:
+            raise InputError(
+                f"--{name} {value}: must be {least} or more, finite, and less than 2**32 if whole"
+            )
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     if dist.get_world_size() % config.replicate:
@@ -931,7 +970,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
-        raise InputError(f"{path}, line {number}: not JSON lines in UTF-8 ({error!r:.200})") from error
+        raise InputError(f"{path}, after line {number}: not JSON lines in UTF-8 ({reason(error)})") from error
 
 
 def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
@@ -952,12 +991,12 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     for name in {"rewards", *need} - {"chosen"}:
         values = record.get(name)
         if values is None and name in need:
-            return f'no "{name}" in it' + "; `python reward.py score` adds them" * (name == "rewards")
+            return f'no "{name}"' + "; `python reward.py score` adds them" * (name == "rewards")
         numbers = values if isinstance(values, list) else []
         finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
         if values is not None and finite != [True] * len(responses):
             return f'"{name}" must be {len(responses)} finite numbers, one per response'
-    return 'no "chosen" in it' if "chosen" in need and "chosen" not in record else None
+    return 'no "chosen"' if "chosen" in need and "chosen" not in record else None
 
 
 def is_turn(turn: Any) -> bool:

@@ -697,13 +697,13 @@ def check_output(path: str | Path, kind: Literal["new", "file", "folder"]) -> No
         raise InputError(f"{path}: is a file; it must be a folder")
 
 
-AT_LEAST_ONE = ("batch_size", "items", "max_new_tokens", "num_responses", "queries")
+AT_LEAST_ONE = ("batch_size", "items", "max_length", "max_new_tokens", "num_responses", "queries")
 
 
-def check_numbers(settings: Any) -> None:
+def check_numbers(settings: Any, positive: Iterable[str] = ()) -> None:
     """Raises InputError for a number among the flags that is not finite, or smaller than it can be."""
     for name, value in vars(settings).items():
-        least = int(name in AT_LEAST_ONE)
+        least = int(name in (*AT_LEAST_ONE, *positive))
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not least <= number < 2**32:
                 raise InputError(f"--{name} {number}: must be a finite number of {least} or more")
@@ -768,7 +768,7 @@ def main() -> None:
     training.add_argument("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
     training.add_argument("--seed", type=int, default=42, help="of head, held-out queries and order")
     args = parser.parse_args()
-    check_numbers(args, positive=["max_length"])
+    check_numbers(args)
     args.run(args)
 
 

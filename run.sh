@@ -4,9 +4,8 @@
 #   bash run.sh setup    .venv with the pinned packages (the others call it themselves)
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
 #                        (SCALE=40 takes 40 percent of the steps)
-#   bash run.sh study    Tables 2 and 3 on the toy world, and on real text where HH is a folder of the authors'
-#                        data.zip: RESULTS.md and its pictures. Takes hours; resumes where it was stopped
-#                        (SEEDS="0 1 2 3 4"; OUT=out/study)
+#   bash run.sh study    Tables 2 and 3 on the toy world: RESULTS.md and its picture. Takes hours; resumes where
+#                        it was stopped (SEEDS="0 1 2 3 4"; OUT=out/study)
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
 #
@@ -123,19 +122,13 @@ tiny() {
 
 study() {
     OUT=${OUT:-out/study} SEEDS=${SEEDS:-0 1 2 3 4}
-    local out=$OUT seeds hh=${HH:-}
+    local out=$OUT seeds
     need SEEDS ' *[0-9]+( +[0-9]+)* *' "numbers, with blanks between them"
-    [ -z "$hh" ] || [ -d "$hh" ] || die "HH=$hh: must be a folder of the authors' files"
     setup
     need_out
     read -ra seeds <<< "$SEEDS"
     "$PYTHON" -m study.run toy --out "$out" --seeds "${seeds[@]}"
-    if [ -n "$hh" ]; then
-        "$PYTHON" -m study.run real --out "$out" --source "$hh" --seeds "${seeds[@]:0:3}"
-    else
-        echo "== no real text: HH=FOLDER, of the authors' files, adds it"
-    fi
-    "$PYTHON" -m study.run report --out "$out"
+    "$PYTHON" -m study.report --runs "$out"
 }
 
 tests() {

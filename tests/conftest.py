@@ -31,7 +31,7 @@ def leave_the_group() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small toy world on disk: its records, scored.jsonl with true rewards, and init/, a tiny random LLaMA."""
+    """A small toy world on disk: its records, scored.jsonl with true rewards, and init/, a tiny LLaMA."""
     folder = tmp_path_factory.mktemp("toy") / "world"
     toy.write(folder, seed=0, queries=256)
     records = list(clha.iter_records(folder / "train.jsonl"))

@@ -55,6 +55,11 @@ def test_at_a_gap_of_zero_only_ties_make_no_pair() -> None:
     assert torch.equal(keep[1], triangle(3, 3))
 
 
+def test_no_response_is_compared_with_itself_or_twice() -> None:
+    keep, _ = clha.rescore(torch.zeros(1, 3), -1.0)  # all gaps are above -1
+    assert torch.equal(keep, triangle(1, 3, 3))
+
+
 def test_a_pair_is_kept_by_the_size_of_its_gap_also_where_the_worse_response_stands_first() -> None:
     keep, _ = clha.rescore(torch.tensor([[0.5, 3.0]]), 1.0)  # ranked=False trusts the file's order
     assert torch.equal(keep, triangle(1, 2, 2))

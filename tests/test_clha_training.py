@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -250,12 +251,20 @@ def test_gradients_are_clipped_and_weights_decay(world: Path, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pack_tokens": 60}, {"pack_tokens": 4096, "activation_checkpointing": "none"}]
+    ("settings", "recomputed"),
+    [({"pack_tokens": 60}, True), ({"pack_tokens": 4096, "activation_checkpointing": "none"}, False)],
 )
 def test_packs_and_checkpointed_layers_change_nothing(
-    world: Path, data: Path, one_process: Path, tmp_path: Path, settings: dict[str, Any]
+    world: Path,
+    data: Path,
+    one_process: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    recomputed: bool,
 ) -> None:
-    clha.train(small(world, data, tmp_path / "run", **settings))
+    with mock.patch.object(clha, "checkpoint", wraps=clha.checkpoint) as layers:
+        clha.train(small(world, data, tmp_path / "run", **settings))
+    assert layers.called == recomputed
     assert_same_run(tmp_path / "run", one_process, world / "init")
 
 
@@ -272,14 +281,30 @@ def grouped_loss(avg_logps: Tensor, sum_logps: Tensor, weights: Tensor) -> tuple
 GROUPED = {"fields": ("weights",), "ranked": False, "group": 2}
 
 
+def no_encoding(*arguments: Any) -> None:
+    """In place of clha.encode, where nothing is to be tokenized."""
+    raise AssertionError("tokenized again")
+
+
 def train_several(runs: list[tuple[clha.Config, dict[str, Any]]]) -> None:
     """Several runs, one after the other, in processes that are there already."""
-    if os.environ["RANK"] == "1":
-        clha.encode = None  # only the first process tokenizes
+    from_generator = datasets.Dataset.from_generator
+
+    def found(*arguments: Any, **settings: Any) -> datasets.Dataset:
+        assert list(Path(settings["cache_dir"]).rglob("*.arrow")), "not tokenized yet"
+        return from_generator(*arguments, **settings)
+
+    if os.environ["RANK"] == "1":  # only the first process tokenizes, and the other waits
+        clha.encode = no_encoding
+        datasets.Dataset.from_generator = found
     for settings, more in runs:
-        clha.train(settings, **more)
-        if settings.deterministic:
-            assert torch.are_deterministic_algorithms_enabled()
+        with mock.patch.object(clha, "save_model", wraps=clha.save_model) as save:
+            clha.train(settings, **more)
+        policy = save.call_args.args[0]
+        held = sum(weight.to_local().numel() for weight in policy.parameters())
+        copies = held * dist.get_world_size() / policy.model.num_parameters()
+        assert copies == pytest.approx(settings.replicate)  # each copy is sharded over its processes
+        assert torch.are_deterministic_algorithms_enabled() or not settings.deterministic
 
 
 def test_two_processes_train_like_one(world: Path, data: Path, one_process: Path, tmp_path: Path) -> None:
@@ -321,7 +346,7 @@ def test_copies_must_divide_the_processes(world: Path, data: Path, tmp_path: Pat
 
 def test_another_objective_gets_its_numbers_and_its_groups(world: Path, data: Path, tmp_path: Path) -> None:
     # Without "rewards" in the file; the responses stand as they do there, and so do the queries of a pair.
-    records = [record for record in clha.iter_records(data)]
+    records = list(clha.iter_records(data))
     for record in records:
         del record["rewards"]
     bare = write(tmp_path / "bare.jsonl", records)
@@ -400,19 +425,15 @@ def test_models_on_the_way_and_in_bfloat16(
     assert all(weight.dtype == torch.bfloat16 for weight in final.values())
     assert "lm_head.weight" not in final  # tied
     assert not torch.equal(middle["model.embed_tokens.weight"], final["model.embed_tokens.weight"])
+    # Generation works, with the same tokens.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
-    ids = tokenizer(clha.render([{"role": "user", "content": "How?"}]), return_tensors="pt").input_ids
-    assert (
-        ids.tolist()
-        == AutoTokenizer.from_pretrained(world / "init")(
-            clha.render([{"role": "user", "content": "How?"}]), return_tensors="pt"
-        ).input_ids.tolist()
-    )
-    assert (
-        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
-    )
+    text = clha.render([{"role": "user", "content": "How?"}])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    ids = tokenizer(text).input_ids
+    assert ids == AutoTokenizer.from_pretrained(world / "init")(text).input_ids
+    generated = model.generate(torch.tensor([ids]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert generated.shape[1] == len(ids) + 3
     # The first step begins with the same weights and the same queries as one in float32.
     first = log(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(log(one_process)[0]["loss"], rel=0.02)
@@ -446,7 +467,7 @@ def test_the_file_alone_trains_with_torchrun(
     home.mkdir()
     shutil.copy(ROOT / "clha.py", alone)
     flags = f"--model {world / 'init'} --train_data {data} --output_dir out --batch_size 8 --max_steps 5 "
-    flags += "--pack_tokens 400 --learning_rate 1e-5 --checkpoint_every 2 --deterministic"
+    flags += "--pack_tokens 400 --learning_rate 1e-5 --checkpoint_every 2"
     command = [
         sys.executable,
         *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "clha.py"],
@@ -496,10 +517,13 @@ def test_max_steps_overrules_epochs(max_steps: int, epochs: float, steps: int) -
     assert len(clha.data_order(11, settings)) == steps
 
 
-@pytest.mark.parametrize(("queries", "epochs"), [(3, 2), (11, 0.1)])
-def test_no_step_at_all_is_refused(queries: int, epochs: float) -> None:
+@pytest.mark.parametrize(
+    ("queries", "epochs", "message"),
+    [(3, 2, "--batch_size 4: there are only 3 queries"), (11, 0.1, "--epochs 0.1: makes 0 steps")],
+)
+def test_no_step_at_all_is_refused(queries: int, epochs: float, message: str) -> None:
     settings = clha.Config("m", "d", "o", batch_size=4, epochs=epochs)
-    with pytest.raises(clha.InputError, match=f"--batch_size 4: {queries} queries and --epochs make no step"):
+    with pytest.raises(clha.InputError, match=message):
         clha.data_order(queries, settings)
 
 
@@ -542,17 +566,14 @@ def test_each_process_gets_as_many_packs_and_their_shares_are_of_the_step(
         if made.share:
             assert made.share == pytest.approx(len(queries) / 6)
             found.append(queries)
-    assert sorted(sum(found, [])) == list(range(6))  # an empty pack repeats a query, with share 0
+    assert sorted(i for queries in found for i in queries) == list(
+        range(6)
+    )  # an empty pack repeats a query, with share 0
     if group == 2:
         assert sorted(found) == [[0, 1], [2, 3], [4, 5]]
 
 
 # The token cache
-
-
-def no_encoding(*arguments: Any) -> None:
-    """In place of clha.encode, where all is tokenized already."""
-    raise AssertionError("tokenized again")
 
 
 @pytest.fixture
@@ -577,7 +598,7 @@ def test_tokens_are_found_again(
     cached: Any, world: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, load = cached
-    monkeypatch.setattr(clha, "encode", no_encoding)
+    monkeypatch.setattr(clha, "iter_records", no_encoding)
     shutil.copy(data, tmp_path / "copy.jsonl")
     used = AutoTokenizer.from_pretrained(world / "init")
     used(["a text", "another"])

@@ -768,7 +768,7 @@ SCORE = "score --data {data} --reward_model {rm} --out {out} --responses"
         ("generate --model {folder} --data {data} --out {out}", "/folder: "),
         ("generate --model {policy} --data {twins} --out {out}", "two records have the id item-0"),
         ("generate --model {policy} --data {nowhere} --out {out}", "nowhere"),
-        ("requests --model m --data {number} --out {out}", 'the "id" 7 must be a text'),
+        ("requests --model m --data {number} --out {out}", '"id" and "subset" must be texts'),
         ("requests --model m --data {twins} --out {out}", "two records have the id item-0"),
         ("requests --model m --data {data} --out {folder}", "folder: is a folder"),
         (f"{SCORE} {{data}}", 'line 1: needs "id" and "response"'),

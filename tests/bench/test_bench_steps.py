@@ -1,4 +1,4 @@
-"""The ways that bench.train_step, bench.gpu and bench.score compare do the same work, on a tiny model."""
+"""The ways that bench.train_step and bench.gpu compare do the same work, on a tiny model."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import clha
-from bench import gpu, lengths, score, train_step
+from bench import gpu, lengths, train_step
 
 CPU = torch.device("cpu")
 
@@ -56,13 +56,6 @@ def test_the_last_line_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         *("ours_over_floor", "rows_over_ours", "peak_memory_gib"),
     ]
     assert list(row["peak_memory_gib"]) == ["padded", "concatenated", "ours", "floor", "rows"]
-
-
-def test_packs_score_as_padded_batches_do() -> None:
-    model = score.build("2M", CPU, torch.float32)
-    times, difference = score.compare(model, number=4, rounds=1)
-    assert difference < 1e-5
-    assert [len(seconds) for seconds in times.values()] == [1, 1]
 
 
 def test_a_pack_is_filled_and_not_overfilled() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import evaluate
-from clha import InputError, read_jsonl, write_jsonl
+from clha import InputError, read_jsonl
+from reward import write_jsonl
 from study import people
 
 Program = Callable[..., str]  # arguments of study.people -> what it prints

@@ -65,7 +65,7 @@ def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
     monkeypatch.setattr(reward, "train", train)
     monkeypatch.setattr(reward, "load_reward_model", str)
     monkeypatch.setattr(reward, "write_scores", score)
-    monkeypatch.setattr(clha, "read_records", lambda path: [])
+    monkeypatch.setattr(reward, "read_records", lambda path: [])
     world = run.toy_world(tmp_path, seed=0, noise=0.2, length=2)
     assert scored_by == {"train.jsonl": "rm_train.jsonl", "dev.jsonl": "rm_train.jsonl"}
     assert trained_on[world.rm_train] == "rm_train.jsonl"
@@ -130,7 +130,7 @@ def test_only_chain_of_hindsight_is_asked_for_a_good_answer(
         raise Asked
 
     monkeypatch.setattr(evaluate, "write_responses", write_responses)
-    monkeypatch.setattr(clha, "read_records", lambda path: [])
+    monkeypatch.setattr(reward, "read_records", lambda path: [])
     with pytest.raises(Asked):
         run.evaluate_run(world, name, world.base, 0, None)
     assert asked.get("response_prefix") == prefix
