@@ -658,7 +658,7 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
         raise InputError(f"--batch_size {config.batch_size}: there are only {queries} queries")
-    if not 1 <= steps < 2**32:
+    if not 1 <= steps < 2**24:
         raise InputError(
             f"--epochs {config.epochs:g}: makes {steps:,} steps, of {config.batch_size} queries each"
         )
@@ -760,24 +760,18 @@ def train(
             config.alpha = 0.05 * (max(map(len, examples["response_ids"])) - 1) ** 2  # Section 3.3
         settings = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "gate": config.gate}
         loss_fn = loss_fn or partial(clha_loss, alpha=config.alpha, **settings)
-        take_steps(config, device, tokenizer, examples, dev_examples, loss_fn, group)
+        take_steps(config, examples, dev_examples, loss_fn, group)
     finally:
         lock.release()
 
 
 def take_steps(
-    config: Config,
-    device: torch.device,
-    tokenizer: Tokenizer,
-    examples: datasets.Dataset,
-    dev_examples: list[Example],
-    loss_fn: LossFn,
-    group: int,
+    config: Config, examples: datasets.Dataset, dev_examples: list[Example], loss_fn: LossFn, group: int
 ) -> None:
     """All steps that are not done yet; saves checkpoints on the way, and the model at the end."""
-    process = dist.get_rank()
-    processes = dist.get_world_size()
+    process, processes, device = init_process()
     output = Path(config.output_dir)
+    tokenizer = load_tokenizer(config.model)
     order = data_order(len(examples), config)
     sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
     policy = load_policy(config, device)
@@ -833,10 +827,11 @@ def take_steps(
                 metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
                 policy.train()
             if process == 0:
+                # JSON has no number for what is not finite: null
                 row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
                 row |= {"skipped": [example["id"] for example in batch]} if skipped else {}
                 with (output / "metrics.jsonl").open("a") as file:
-                    print(json.dumps({"step": step} | row), file=file)  # JSON has no NaN
+                    print(json.dumps({"step": step} | row), file=file)
                 bar.set_postfix(loss=metrics["loss"])
                 bar.update()
             if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
@@ -863,9 +858,10 @@ def take_steps(
 def start_log(output: Path, config: Config, done: int) -> None:
     """Writes config.json, and leaves in metrics.jsonl only the lines of steps that are done."""
     (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
-    (output / "metrics.partial").write_text("".join(lines))
-    (output / "metrics.partial").replace(output / "metrics.jsonl")
+    log = output / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.with_suffix(".partial").write_text("".join(lines[:done]))
+    log.with_suffix(".partial").replace(log)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,9 +924,7 @@ def settle(config: Config, device: torch.device) -> Config:
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
         most = 2**32 if isinstance(value, int) else 1e38
         if isinstance(value, int | float) and not least <= value < most:
-            raise InputError(
-                f"--{name} {value}: must be {least} or more, finite, and less than 2**32 if whole"
-            )
+            raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     if dist.get_world_size() % config.replicate:
@@ -970,7 +964,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
-        raise InputError(f"{path}, after line {number}: not JSON lines in UTF-8 ({reason(error)})") from error
+        where = "after line" if isinstance(error, OSError | EOFError | UnicodeDecodeError) else "line"
+        raise InputError(f"{path}, {where} {number}: not JSON lines in UTF-8 ({reason(error)})") from error
 
 
 def check_record(record: Record, need: Iterable[str] = ()) -> str | None:

@@ -402,7 +402,7 @@ def read_summary(folder: str | Path) -> dict[str, dict[str, Any]]:
     try:
         table({"": summary})
         float(summary["Total"]["reward"]["mean"])
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise InputError(
             f"{path}: not the scores of an evaluation; `evaluate.py score` writes them"
         ) from None

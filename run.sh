@@ -135,7 +135,7 @@ tests() {
     setup
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check --quiet .
-    "$PYTHON" -m pytest -q -n 2
+    "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 }
 
 full() {

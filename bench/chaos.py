@@ -238,8 +238,9 @@ def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
         return
     began = time.time()
     path = trial.out / "metrics.jsonl"
-    steps = generator.randrange(5, 30) if moment == "training" else 1
-    trial.until(lambda: newer(path, began) and trial.logged()[-1] >= trial.saved() + steps)
+    trial.until(lambda: newer(path, began) and trial.logged()[-1] > 0)
+    wanted = trial.logged()[-1] + generator.randrange(1, 15)
+    trial.until(lambda: moment == "saving" or trial.logged()[-1] >= wanted)
     while moment == "saving" and trial.until(trial.saving):
         time.sleep(generator.uniform(0, 0.01))
         if trial.saving():

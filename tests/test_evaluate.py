@@ -782,6 +782,7 @@ SCORE = "score --data {data} --reward_model {rm} --out {out} --responses"
         ("table {torn}", "scores.json: not readable as JSON"),
         ("table {no_total}", "scores.json: not the scores of an evaluation, with Total"),
         ("table {texts}", "scores.json: not the scores of an evaluation"),
+        ("table {huge}", "scores.json: not the scores of an evaluation"),
         ("best {folder}", "folder: no scores.json in it"),
         ("best {texts}", "scores.json: not the scores of an evaluation"),
         ("table {folder} --plot x.nothing", "--plot x.nothing: the name must end in one of"),
@@ -799,12 +800,15 @@ def test_wrong_input(
     program: Program,
 ) -> None:
     paths = {"policy": policy_folder, "rm": reward_folder, "data": data}
-    for name in ("folder", "torn", "no_total", "texts", "twins", "number", "good.jsonl", "out", "nowhere"):
+    names = ["folder", "torn", "no_total", "texts", "huge", "twins", "number", "good.jsonl", "out", "nowhere"]
+    for name in names:
         paths[name.removesuffix(".jsonl")] = tmp_path / name
     reward.write_jsonl(paths["twins"], make_records(1) * 2)
     reward.write_jsonl(paths["number"], [make_records(1)[0] | {"id": 7}])
     reward.write_jsonl(paths["good"], [{"id": record["id"], "response": "x"} for record in make_records()])
-    for name, text in {"torn": "{", "no_total": "{}", "texts": '{"Total": {"n": "x"}}'}.items():
+    huge = '{"Total": {"n": 2, "reward": {"mean": ' + "9" * 400 + ', "interval": [1, 2]}}}'
+    texts = {"torn": "{", "no_total": "{}", "texts": '{"Total": {"n": "x"}}', "huge": huge}
+    for name, text in texts.items():
         paths[name].mkdir()
         (paths[name] / "scores.json").write_text(text)
     paths["folder"].mkdir()
