@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 TOP_LEVEL = {"clha.py", "reward.py", "prepare_data.py", "evaluate.py"}
-MAX_LINES, MAX_PAPER_LINES, MAX_OPTIONS, MAX_DENSITY, MAX_TOTAL = 970, 480, 32, 13.0, 6500
+MAX_LINES, MAX_PAPER_LINES, MAX_OPTIONS, MAX_DENSITY, MAX_TOTAL = 1040, 480, 32, 13.0, 6720
 SMUGGLED = {"sys.modules", "sys.path", "importlib.import_module", "__import__"}
 
 
@@ -91,7 +91,7 @@ BAD = [
     ("clha.py", CONFIG, "3 lines up to section 7"),
     ("clha.py", CONFIG + "\n" * 478 + "# 7. ", "481 lines up to section 7"),
     ("clha.py", f"{CONFIG}# 7. " + "\n" * (MAX_LINES - 1), f"{MAX_LINES + 1} lines of clha.py"),
-    ("evaluate.py", "\n" * 6500, "6508 lines"),
+    ("evaluate.py", "\n" * MAX_TOTAL, f"{MAX_TOTAL + 8} lines"),
 ]
 
 
