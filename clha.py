@@ -76,16 +76,11 @@ class Config:
     output_dir: str = option(MISSING, "receives metrics.jsonl, config.json, checkpoints/ and final/")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
-    margin: float = option(
-        0.3, "of Eq. 6, in nats per token; the paper gives none, this one suits the toy world"
-    )
-    min_reward_gap: float = option(
-        0.5, "a pair trains only if its rewards differ by more than this: k of Eq. 5"
-    )
+    # The paper gives neither; ours were chosen on the toy world.
+    margin: float = option(0.3, "of Eq. 6, in nats per token")
+    min_reward_gap: float = option(0.5, "a pair trains if its rewards differ by more than this: k of Eq. 5")
     gate: bool = option(True, "imitate the best response only if its reward is above zero: lambda of Eq. 7")
-    alpha: float | None = option(
-        None, "of Eq. 7; if not given 0.05 (l - 1)^2, l the most responses of a query"
-    )
+    alpha: float | None = option(None, "of Eq. 7; if not given 0.05 (l - 1)^2, l the most responses")
     # Tokens
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
     max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
@@ -103,9 +98,7 @@ class Config:
     # Speed and memory: none of these changes a result by more than rounding
     pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
     flex: bool = option(True, "on a GPU, attention over a pack is one kernel, flex_attention; else SDPA")
-    activation_checkpointing: Literal["full", "none"] = option(
-        "full", "full: layers recompute their activations"
-    )
+    activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
     replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
     token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
     # Watching and safety
@@ -603,7 +596,7 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identi
 # ------------------------------------------------------------------------------------------------------------
 # 9. Training
 
-LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Names = tuple[str, ...]
 REWARDS = ("rewards",)
 MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
@@ -659,9 +652,7 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
     if per_epoch == 0:
         raise InputError(f"--batch_size {config.batch_size}: there are only {queries} queries")
     if not 1 <= steps < 2**24:
-        raise InputError(
-            f"--epochs {config.epochs:g}: makes {steps:,} steps, of {config.batch_size} queries each"
-        )
+        raise InputError(f"--epochs {config.epochs:g}: makes {steps:,} steps of {config.batch_size} queries")
     order: list[list[int]] = []
     for epoch in range(math.ceil(steps / per_epoch)):
         generator = torch.Generator().manual_seed(config.seed + epoch)
@@ -714,7 +705,7 @@ def make_packs(
     return packs
 
 
-def run_batch(policy: Policy, packs: list[Pack], loss_fn: LossFn, train: bool) -> dict[str, float]:
+def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> dict[str, float]:
     """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate.
 
     The loss of a pack is a mean over its queries, and its weight is its share of the batch's queries. So the
@@ -735,11 +726,7 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: LossFn, train: bool) -
 
 
 def train(
-    config: Config,
-    loss_fn: LossFn | None = None,
-    fields: Names = REWARDS,
-    ranked: bool = True,
-    group: int = 1,
+    config: Config, loss_fn: Loss | None = None, fields: Names = REWARDS, ranked: bool = True, group: int = 1
 ) -> None:
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
@@ -766,7 +753,7 @@ def train(
 
 
 def take_steps(
-    config: Config, examples: datasets.Dataset, dev_examples: list[Example], loss_fn: LossFn, group: int
+    config: Config, examples: datasets.Dataset, dev_examples: list[Example], loss_fn: Loss, group: int
 ) -> None:
     """All steps that are not done yet; saves checkpoints on the way, and the model at the end."""
     process, processes, device = init_process()
@@ -817,10 +804,8 @@ def take_steps(
             schedule.step()
             batch_tokens = sum(example["size"] for example in batch)
             tokens += batch_tokens
-            metrics |= {
-                "num_tokens": tokens,
-                "tokens_per_second": batch_tokens / (time.perf_counter() - start),
-            }
+            speed = batch_tokens / (time.perf_counter() - start)
+            metrics |= {"num_tokens": tokens, "tokens_per_second": speed}
             metrics["epoch"] = step * config.batch_size / len(examples)
             if dev_examples and (step % config.eval_every == 0 or step == len(order)):
                 dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
@@ -836,7 +821,7 @@ def take_steps(
                 bar.update()
             if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
                 raise InputError(
-                    f'{output}/metrics.jsonl: {skipped} steps in a row were not finite; see "skipped"'
+                    f'{output / "metrics.jsonl"}: {skipped} steps in a row were not finite; see "skipped"'
                 )
             if config.save_every and step % config.save_every == 0:
                 save_model(policy, tokenizer, output / f"step-{step}", config)

@@ -191,7 +191,7 @@ def released_clha_loss(
     return loss, metrics
 
 
-def released_loss_fn(config: "BaselineConfig") -> clha.LossFn:
+def released_loss_fn(config: "BaselineConfig") -> clha.Loss:
     """The released loss of a pack whose consecutive queries are micro-batches: their mean.
 
     A step has an even number of queries, so each micro-batch weighs the same. (Dev data may have an odd
@@ -285,7 +285,7 @@ def default_alpha(config: BaselineConfig) -> float:
     return 0.05 * (length - 1) ** 2
 
 
-def objective_loss_fn(config: BaselineConfig) -> clha.LossFn:
+def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
     """The mean of an objective over a pack's queries, in the form in which `clha.train` calls it."""
     names = [name for name in ("beta", "temperatures", "sft_reduction") if config.objective in READ_BY[name]]
     settings = {name: getattr(config, name) for name in names}
