@@ -79,7 +79,7 @@ class Config:
     # The paper gives neither; ours were chosen on the toy world.
     margin: float = option(0.3, "of Eq. 6, in nats per token")
     min_reward_gap: float = option(0.5, "a pair trains if its rewards differ by more than this: k of Eq. 5")
-    gate: bool = option(True, "imitate the best response only if its reward is above zero: lambda of Eq. 7")
+    gate: bool = option(True, "lambda of Eq. 7: only a best response with a reward above zero is imitated")
     alpha: float | None = option(None, "of Eq. 7; if not given 0.05 (l - 1)^2, l the most responses")
     # Tokens
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
@@ -1017,8 +1017,12 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     """Trains as the flags say; see --help."""
-    usage = "clha.py --model MODEL --train_data FILE --output_dir FOLDER [settings]"
-    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    settings = {"usage": "clha.py --model MODEL --train_data FILE --output_dir FOLDER [settings]"}
+    settings |= {
+        "description": __doc__.splitlines()[0],
+        "epilog": "The top of clha.py shows what a record is.",
+    }
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **settings)
     train(Config(**vars(parser.parse_args())))
 
 
