@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
@@ -196,9 +197,7 @@ class Pack:
 
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N), as if each response alone followed the prompt
-    mask: (
-        list[Tensor] | BlockMask
-    )  # which token sees which: a bool (n, n) per query, or one for flex_attention
+    mask: list[Tensor] | BlockMask  # which token sees which: a bool (n, n) per query; or one mask, for flex
     targets: Tensor  # (M,), the tokens of the responses
     sources: Tensor  # (M,), the place in the row whose hidden state predicts each of them
     owners: Tensor  # (M,), b * l + i: the response that each of them belongs to
@@ -570,13 +569,6 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
     on_first_process(publish)
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, in one line; of several that processes met in a checkpoint, the first."""
-    if isinstance(error, dcp.CheckpointException):
-        error, _ = next(iter(error.failures.values()))
-    return " ".join(str(error).split())[:300]
-
-
 def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
     """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
@@ -864,14 +856,21 @@ def init_process() -> tuple[int, int, torch.device]:
     if "RANK" not in env:
         how |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]:
-        # On one machine torchrun keeps its store when it restarts the processes, which would find the
-        # addresses of the dead in it (pytorch/pytorch#135712): so each start has keys of its own.
+        # On one machine torchrun keeps its store when it restarts the processes, which would find stale
+        # addresses in it (pytorch/pytorch#135712): so each start has keys of its own.
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
         how |= {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **how)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line; of several that processes met in a checkpoint, the first."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return " ".join(str(error).split())[:300]
 
 
 def on_first_process(work: Callable[[], Any]) -> Any:
@@ -883,7 +882,7 @@ def on_first_process(work: Callable[[], Any]) -> Any:
         except (InputError, OSError) as error:
             outcome[1] = error
         except Exception as error:
-            outcome[1] = InputError(f"{type(error).__name__}: {error}")
+            outcome[1] = InputError(f"{type(error).__name__}: {reason(error)}")
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -912,6 +911,8 @@ def settle(config: Config, device: torch.device) -> Config:
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
+    if config.max_grad_norm == 0:
+        raise InputError("--max_grad_norm 0: must be above 0; it would clip every gradient to nothing")
     if dist.get_world_size() % config.replicate:
         raise InputError(f"--replicate {config.replicate}: must divide the {dist.get_world_size()} processes")
     if config.deterministic:
@@ -1017,12 +1018,8 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     """Trains as the flags say; see --help."""
-    settings = {"usage": "clha.py --model MODEL --train_data FILE --output_dir FOLDER [settings]"}
-    settings |= {
-        "description": __doc__.splitlines()[0],
-        "epilog": "The top of clha.py shows what a record is.",
-    }
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **settings)
+    about = __doc__.splitlines()[0]  # without the usage, a wrong flag is one line
+    parser = transformers.HfArgumentParser(Config, description=about, usage=SUPPRESS, allow_abbrev=False)
     train(Config(**vars(parser.parse_args())))
 
 

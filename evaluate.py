@@ -20,7 +20,6 @@ import gc
 import json
 import logging
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -522,14 +521,7 @@ def run_best(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses the command line and runs one of the commands."""
     parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
-        subparser = commands.add_parser(name, help=run.__doc__, description=__doc__)
-        subparser.set_defaults(run=run)
-        return subparser.add_argument
-
-    flag = command("generate", run_generate)
+    flag = parser.add_command("generate", run_generate)
     flag("--model", required=True, nargs="+", help="language models: Hugging Face folders or hub names")
     flag("--data", required=True, help="records, JSON lines")
     flag(
@@ -545,21 +537,21 @@ def main() -> None:
     flag("--response_prefix", default="", help='a text for the model to continue, such as "Good answer:"')
     flag("--stop_strings", nargs="+", default=[], help="where to cut, besides Human: and Assistant:")
     flag("--seed", type=int, default=42, help="of the sampling")
-    flag = command("requests", run_requests)
+    flag = parser.add_command("requests", run_requests)
     flag("--model", required=True, help="the name by which the engine knows its model")
     flag("--data", required=True, help="records, JSON lines")
     flag("--out", required=True, help="the requests, JSON lines")
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response (released: 128)")
-    flag = command("score", run_score)
+    flag = parser.add_command("score", run_score)
     flag("--responses", nargs="+", required=True, help="NAME.jsonl of `generate` or of OpenAI's batch output")
     flag("--data", required=True, help="records; their chosen responses are the references")
     flag("--reward_model", required=True, help="reward model of the evaluation: a folder or a hub name")
     flag("--out", required=True, help="each file gets a folder OUT/NAME")
-    flag = command("table", run_table)
+    flag = parser.add_command("table", run_table)
     flag("folders", nargs="+", help="folders that `score` wrote")
     flag("--total", action="store_true", help="only the rows over all subsets")
     flag("--plot", default="", help="picture of the reward of the folders named step-N against N")
-    flag = command("best", run_best)
+    flag = parser.add_command("best", run_best)
     flag("folders", nargs="+", help="folders that `score` wrote")
 
     args = parser.parse_args()

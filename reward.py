@@ -721,6 +721,14 @@ class Parser(transformers.HfArgumentParser):
         settings.pop("allow_abbrev", None)
         super().__init__(dataclasses, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
 
+    def add_command(self, name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
+        """A sub-command; `run` does it, and its docstring is the help. What this gives adds a flag to it."""
+        if self._subparsers is None:
+            self.commands = self.add_subparsers(dest="command", required=True)
+        parser = self.commands.add_parser(name, help=run.__doc__, description=self.description)
+        parser.set_defaults(run=run)
+        return parser.add_argument
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 

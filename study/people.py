@@ -20,7 +20,6 @@ import random
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -374,24 +373,17 @@ def write_folder(path: str, texts: dict[str, str]) -> None:
 def main() -> None:
     """Parses the command line and runs one of the commands."""
     parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
-        subparser = commands.add_parser(name, help=run.__doc__, description=__doc__)
-        subparser.set_defaults(run=run)
-        return subparser.add_argument
-
-    flag = command("sheets", sheets)
+    flag = parser.add_command("sheets", sheets)
     flag("folders", nargs=2, help="folders of `evaluate.py score`, of the same data")
     flag("--out", required=True, help="folder for sheet.html, sheet.csv and key.json")
     flag("--items", type=int, default=300, help="per subset, or all it has (paper: 300)")
     flag("--seed", type=int, default=42, help="of the items, their order and the sides")
-    flag = command("tally", tally)
+    flag = parser.add_command("tally", tally)
     flag("answers", nargs="+", help="files that the page saved, or filled-in sheet.csv files")
     flag("--key", required=True, help="key.json of the sheet")
     flag("--plot", default="", help="Figure 3 as a picture, such as figure3.png")
     flag("--out", default="", help="Markdown file for what is printed")
-    flag = command("compare", compare)
+    flag = parser.add_command("compare", compare)
     flag("folders", nargs="+", help="two or more folders of `evaluate.py score`, of the same data")
     flag("--out", default="", help="folder for compare.md and cases.md, as in Table 4")
     flag("--cases", type=int, default=10, help="items per pair in cases.md, the widest gaps")
