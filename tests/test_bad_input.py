@@ -205,6 +205,7 @@ def test_flags_that_cannot_be_read(
         ("--max_prompt_length 0", "--max_prompt_length 0: must be a finite number of 1 or more"),
         ("--max_prompt_length 512", "--max_prompt_length 512: must be less than --max_length"),
         ("--replicate 2", "--replicate 2: must divide the 1 processes"),
+        ("--max_grad_norm 0", "--max_grad_norm 0: must be above 0"),
     ],
 )
 def test_flags_out_of_range(
@@ -254,7 +255,7 @@ def test_flags_that_are_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(sys, "argv", ["clha.py", "--model", "m"])
     with pytest.raises(SystemExit) as end:
         clha.run(clha.main)
-    line = capsys.readouterr().err.splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert line.startswith("clha.py: ") and "arguments are required: --train_data" in line
 
