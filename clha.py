@@ -11,9 +11,8 @@ Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The d
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
-Launch it as one process (CPU or GPU), or on eight GPUs; the same command resumes a run that was stopped:
+The same command starts a run and resumes it; without torchrun it is one process, on a GPU or a CPU:
 
-    python clha.py --model MODEL --train_data train.jsonl --output_dir out
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
 out/final is a Hugging Face folder that transformers, vLLM and other engines load. A record is a JSON line:
@@ -24,7 +23,6 @@ out/final is a Hugging Face folder that transformers, vLLM and other engines loa
 
 import gzip
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -34,11 +32,12 @@ import sys
 import time
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from itertools import combinations
 from pathlib import Path
+from statistics import median_low
 from typing import Any, Literal
 
 import datasets
@@ -48,10 +47,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -81,13 +81,15 @@ class Config:
     margin: float = option(0.3, "of Eq. 6, in nats per token")
     min_reward_gap: float = option(0.5, "a pair trains if its rewards differ by more than this: k of Eq. 5")
     gate: bool = option(True, "lambda of Eq. 7: only a best response with a reward above zero is imitated")
-    alpha: float | None = option(None, "of Eq. 7; if not given 0.05 (l - 1)^2, l the most responses")
+    alpha: float | None = option(None, "of Eq. 7; default 0.05 (l - 1)^2, l the usual number of responses")
     # Tokens
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
     max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
     # Optimization
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
-    lr_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up (release: constant)")
+    lr_schedule: Literal["constant_with_warmup", "cosine"] = option(
+        "constant_with_warmup", "as in the release"
+    )
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
     epochs: float = option(2.0, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
@@ -98,7 +100,6 @@ class Config:
     seed: int = option(42, "of the data order, which is the same for any number of processes")
     # Speed and memory: none of these changes a result by more than rounding
     pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
-    flex: bool = option(True, "on a GPU, attention over a pack is one kernel, flex_attention; else SDPA")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
     replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
     token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
@@ -144,9 +145,9 @@ def render(prompt: list[Turn]) -> str:
 Example = dict[str, Any]  # what `encode` returns, and numbers per response by name, such as "rewards"
 
 
-def token_ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """The ids of some texts; "</s>" in a text is plain text there, not EOS."""
-    return tokenizer(lines, split_special_tokens=True, truncation=False, padding=False).input_ids
+    return tokenizer(texts, split_special_tokens=True, truncation=False, padding=False).input_ids
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
@@ -158,26 +159,25 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
-    """A record as `prompt_ids` and `response_ids`, each ended by EOS where it is not cut; and some counts.
+    """A record as `prompt_ids` and `response_ids`, each ended by EOS where it is not cut.
 
-    Raises InputError where a tokenizer merges across the start of a response, whose log-probability is then
-    ill-defined: the prompt's ids are not a prefix of the whole text's.
+    Raises InputError where a tokenizer merges across the start of a response, which then has no log-prob of
+    its own, or makes nothing of a response.
     """
     prompt = render(record["prompt"])
     texts = [prompt, *(f"{prompt} {response}" for response in record["responses"])]
     whole_prompt, *whole_texts = token_ids(tokenizer, texts)
     prompt_ids = cut_prompt(whole_prompt, config.max_prompt_length, tokenizer.bos_token_id)
     room = config.max_length - len(prompt_ids)
-    cut = int(len(prompt_ids) < len(whole_prompt))  # how many of prompt and responses
     response_ids = []
     for i, ids in enumerate(whole_texts):
-        if ids[: len(whole_prompt)] != whole_prompt:
-            raise InputError(f"{record['id']}: the tokenizer merges across the start of response {i}")
+        if ids[: len(whole_prompt)] != whole_prompt or len(ids) == len(whole_prompt):
+            raise InputError(f"{record['id']}: the tokenizer merges prompt and response {i}, or empties it")
         response = [*ids[len(whole_prompt) :], tokenizer.eos_token_id]
         response_ids.append(response[:room])
-        cut += int(len(response) > room)
-    size = len(prompt_ids) + sum(map(len, response_ids))  # tokens in a pack
-    return dict(prompt_ids=prompt_ids, response_ids=response_ids, id=record["id"], cut=cut, size=size)
+    lengths = [len(ids) for ids in response_ids]
+    size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record["id"]} | size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,8 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
         response += [-1] * len(prompt)
         prompt_end = len(ids) - 1  # predicts the first token of every response
         for i, tokens in enumerate(example["response_ids"]):
-            sources += [prompt_end, *range(len(ids), len(ids) + len(tokens) - 1)]
+            start = len(ids)
+            sources += [prompt_end, *range(start, start + len(tokens) - 1)]
             owners += [b * width + i] * len(tokens)
             lengths[b, i] = len(tokens)
             ids += tokens
@@ -241,7 +242,8 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
     tensor = partial(torch.tensor, device=device)
     make_mask = flex_mask if length else query_masks
     mask = make_mask(tensor(query), tensor(response))
-    names = examples[0].keys() - {"prompt_ids", "response_ids", "id", "cut", "size"}
+    lists = {name for name, value in examples[0].items() if isinstance(value, list)}
+    names = lists - {"prompt_ids", "response_ids"}
     values = {name: response_values(examples, name).to(device) for name in names}
     row = (tensor([ids]), tensor([position]), mask, tensor(targets), tensor(sources), tensor(owners))
     return Pack(*row, lengths.to(device), values)
@@ -270,18 +272,15 @@ def flex_mask(query: Tensor, response: Tensor) -> BlockMask:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Log-probabilities of the responses, by any Hugging Face decoder whose attention is told about packs
+# 5. Log-probabilities of the responses, by any Hugging Face decoder that obeys the mask (section 7 checks it)
 
 
 def pack_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d).
-
-    It has neither soft caps nor sliding windows; `check_decoder` refuses models that need them.
-    """
-    if settings.get("s_aux") is not None:
-        raise InputError(f"{type(module).__name__}: attention sinks are not supported")
+    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d)."""
+    if settings.get("s_aux") is not None or settings.get("softcap") is not None:
+        raise ValueError("packs know neither attention sinks nor soft caps")
     masks = settings["pack_mask"]
     sizes = [len(mask) for mask in masks]
     grouped = query.shape[1] != key.shape[1]  # several query heads share a key head
@@ -315,10 +314,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        if not (model._supports_attention_backend and model._supports_sdpa):
-            raise InputError(
-                f"{model.config.model_type}: models with attention of their own are not supported"
-            )
+        if not model._supports_attention_backend:
+            raise InputError(f"{model.config.model_type}: not supported, as its attention is its own")
         self.model = model
 
     def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -343,6 +340,14 @@ class Policy(nn.Module):
         sum_logps = token_logps.new_zeros(pack.lengths.numel()).index_add(0, pack.owners, token_logps)
         return sum_logps.view_as(pack.lengths).clone()  # FSDP hooks onto outputs, which must not be views
 
+    def forward_alone(self, prompt_ids: list[int], response_ids: list[int]) -> Tensor:
+        """The same of one response without a pack, all of it by transformers: what a pack must agree with."""
+        self.model.set_attn_implementation("eager")  # each architecture's own
+        ids = torch.tensor([prompt_ids + response_ids], device=self.model.device)
+        logits = self.model(ids, use_cache=False).logits[0]  # (N, vocabulary)
+        start = len(prompt_ids)
+        return -F.cross_entropy(logits[start - 1 : -1].float(), ids[0, start:], reduction="sum")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Rescoring and the losses, pure functions of (B, l) log-probs and rewards. The responses of a query stand
@@ -355,10 +360,10 @@ def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def rescore(rewards: Tensor, min_reward_gap: float, use_gate: bool = True) -> tuple[Tensor, Tensor]:
-    """Section 2.1: which pairs and which queries train, going by their rewards (B, l).
+    """Section 2.1: which pairs, keep (B, l, l), and which queries, gate (B,), train, by rewards (B, l).
 
-    keep (B, l, l) bool, 1 - k of Eq. 5: True for pairs i < j with |r_i - r_j| > min_reward_gap, strictly.
-    gate (B,) bool, 1 - lambda of Eq. 7: True where the best response has a reward above zero.
+    keep, 1 - k of Eq. 5, is True for i < j with |r_i - r_j| > min_reward_gap, strictly; gate, 1 - lambda of
+    Eq. 7, where the best response has a reward above zero.
     """
     gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
     keep = (gap > min_reward_gap).triu(1)  # never with NaN
@@ -377,10 +382,8 @@ def pairwise_margin_loss(avg_logps: Tensor, keep: Tensor, margin: float) -> Tens
 
 
 def gated_sft_loss(sum_logps: Tensor, gate: Tensor) -> Tensor:
-    """(1 - lambda) L_sft of Eq. 7: minus the summed log-prob of the best response, (B, l), (B,) -> (B,).
-
-    A sum over its tokens, as in the release (the paper does not say); 0 where the gate is shut.
-    """
+    """(1 - lambda) L_sft of Eq. 7: minus the log-prob of the best response, (B, l), (B,) -> (B,)."""
+    # A sum over tokens, as in the release; the paper does not say.
     return -(gate * sum_logps[:, 0])
 
 
@@ -397,7 +400,6 @@ def clha_loss(
     """Eq. 7: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, scalars, all means over B queries.
 
     Both terms are divided by B and by nothing else: neither by the kept pairs nor by the open gates.
-    Section 3.3 has alpha = 0.05 (l - 1)^2.
     """
     keep, gates = rescore(rewards, min_reward_gap, gate)
     rank_loss = pairwise_margin_loss(avg_logps, keep, margin).mean()
@@ -416,11 +418,12 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
     right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
     best = avg_logps[:, 0]
     worst = avg_logps.gather(1, present.sum(1, keepdim=True) - 1)[:, 0]
+    number = pairs.sum((1, 2))  # (B,)
     return {
-        "rewards/accuracies": right.sum((1, 2)) / pairs.sum((1, 2)),
+        "rewards/accuracies": right.sum((1, 2)) / number,
         "logps/chosen": best,
         "logps/rejected": worst,
-        "pairs_kept": keep.sum((1, 2)) / pairs.sum((1, 2)),
+        "pairs_kept": keep.sum((1, 2)) / number,
         "gate_open": gate.to(avg_logps),
     }
 
@@ -431,16 +434,18 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
 
 def load(kind: Any, path: str, **settings: Any) -> Any:
     """kind.from_pretrained of a folder or hub name. Raises InputError if it fails, or for missing weights."""
+    is_folder = (Path(path) / "config.json").is_file()
     hub_name = path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
-    if not hub_name and not (Path(path) / "config.json").is_file():
+    if not hub_name and not is_folder:
         raise InputError(f"{path}: neither a model folder with a config.json nor a hub name (owner/name)")
     try:
         loaded = kind.from_pretrained(path, trust_remote_code=False, **settings)
     except Exception as error:
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
-    if info.get("missing_keys"):  # transformers would draw them at random
-        raise InputError(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])} ...")
+    missing = sorted(info.get("missing_keys", ()))  # transformers would draw them at random
+    if missing:
+        raise InputError(f"{path}: has no weights for {', '.join(missing[:3])} ...")
     return model
 
 
@@ -448,30 +453,21 @@ def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a model. Raises InputError if it has no EOS, goes wrong, or does not fit the model."""
     tokenizer = load(transformers.AutoTokenizer, path)
     known = getattr(load(transformers.AutoConfig, path).get_text_config(), "vocab_size", math.inf)
-    if tokenizer.eos_token_id is None or tokenizer.vocab_size > known:
-        raise InputError(f"{path}: the tokenizer has no EOS, or more than the {known} tokens of the model")
+    if tokenizer.eos_token_id is None or max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
+        raise InputError(f"{path}: the tokenizer has no EOS, or tokens beyond the {known} of the model")
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         # transformers 5 makes such a tokenizer of a bare tokenizer.model, with wrong merges too
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
     return tokenizer
 
 
-def check_decoder(config: PretrainedConfig, longest: int) -> None:
-    """Raises InputError for a model whose attention over a query, or whose logits, a Policy gets wrong."""
-    scales = "attn_logit_softcapping final_logit_softcapping lm_head_multiplier logit_scale logits_scaling"
-    wrong = [name for name in scales.split() if getattr(config, name, None) not in (None, 1)]
-    wrong += {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
-    window = getattr(config, "sliding_window", None)
-    if window and window < longest:
-        wrong.append(f"a sliding_window shorter than a query of {longest} tokens")
-    if wrong:
-        raise InputError(f"{config.model_type}: models with {' and '.join(wrong)} are not supported")
+EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy chooses another for its packs
 
 
 def build_policy(model_config: PretrainedConfig, config: Config, device: torch.device) -> Policy:
     """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype."""
     with torch.device("meta"):
-        policy = Policy(AutoModelForCausalLM.from_config(model_config, dtype=torch.float32))
+        policy = Policy(AutoModelForCausalLM.from_config(model_config, **EAGER))
     mesh = None
     if config.replicate > 1:  # HSDP: each of N copies, such as one per machine, is sharded over its processes
         shape = (config.replicate, dist.get_world_size() // config.replicate)
@@ -486,25 +482,61 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
     # Embedding and LM head may share weights, so the rest is one unit. It too is resharded after a forward
     # pass: where no backward pass follows, the optimizer and checkpoints would see its gathered copy.
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    register_fsdp_forward_method(policy, "forward_alone")
     policy.to_empty(device=device)
     policy.model.tie_weights()
     return policy.train()
 
 
-def load_policy(config: Config, device: torch.device) -> Policy:
-    """The model of --model with its weights: rank 0 reads them and sends the other processes their shards."""
+def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
+    """The model of --model, and a hash of it: rank 0 reads it and sends the other processes their shards."""
     weights: dict[str, Tensor] = {}
+    model_config = load(transformers.AutoConfig, config.model)
+    digest = xxhash.xxh3_128(model_config.to_json_string().encode())
     if dist.get_rank() == 0:
-        full = load(AutoModelForCausalLM, config.model, dtype=torch.float32, output_loading_info=True)
+        full = load(AutoModelForCausalLM, config.model, output_loading_info=True, **EAGER)
         weights = full.state_dict()
-    policy = build_policy(load(transformers.AutoConfig, config.model), config, device)
+        for name in sorted(weights):
+            digest.update(name.encode())
+            digest.update(weights[name].contiguous().numpy())
+    policy = build_policy(model_config, config, device)
     broadcast = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(policy.model, weights, options=broadcast)
     for name, buffer in policy.model.named_buffers():  # rotary frequencies: in no state dict, garbage so far
         if dist.get_rank() == 0:
             buffer.copy_(full.get_buffer(name))
         dist.broadcast(buffer, src=0)
-    return policy
+    if dist.get_rank() == 0:
+        policy.model.generation_config = full.generation_config
+    return policy, on_first_process(digest.hexdigest)
+
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.1}  # nats per token; rounding makes 2e-6 and 0.03
+
+
+def check_policy(policy: Policy, example: Example, dtype: str, length: int = 0) -> None:
+    """Compares a query in a pack (of `length` tokens, if filled) with each of its responses alone.
+
+    These 1 + l forward passes see attention that reads past the mask or has parts of its own, layers that
+    carry a state from one response to the next, logits that are scaled, and NaN. Raises InputError.
+    """
+    kind = policy.model.config.model_type
+    for name in ("max_position_embeddings", "sliding_window"):
+        most = getattr(policy.model.config.get_text_config(), name, None)
+        if most and most < example["longest"]:
+            raise InputError(f"{kind}: a text of {example['longest']} tokens is longer than {name}, {most}")
+    batch = pack([example], policy.model.device, length)
+    try:
+        with torch.no_grad():
+            packed = policy.eval()(batch)[0]
+            rows = [policy.forward_alone(example["prompt_ids"], ids) for ids in example["response_ids"]]
+    except Exception as error:
+        raise InputError(f"{kind}: not supported ({type(error).__name__}: {reason(error)})") from error
+    policy.train()
+    difference = (packed - torch.stack(rows)) / batch.lengths[0]
+    off = difference.abs().max().item()
+    if not off <= TOLERANCE[dtype]:
+        raise InputError(f"{kind}: not supported: log-probs in a pack are {off:.2g} nats per token off")
 
 
 def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config) -> None:
@@ -516,7 +548,8 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         model = AutoModelForCausalLM.from_config(policy.model.config, **settings)
 
     def write() -> None:
-        if path.exists():  # saved before the run was killed
+        if path.exists():  # saved before the run was killed, or the user's
+            print(f"kept    {path}, which was there")
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
@@ -524,6 +557,8 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         model.save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
+        generation = policy.model.generation_config.to_json_string()
+        (unfinished / "generation_config.json").write_text(generation)  # as the model came
         unfinished.rename(path)
 
     on_first_process(write)
@@ -540,12 +575,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def file_hash(path: str | Path) -> str:
+    """A hash of a file's content, as fast as it can be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and AdamW's moments, by name."""
     state: dict[str, Tensor] = {}
     for name, weight in policy.model.named_parameters():
-        moments = {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
-        state |= moments | {f"model.{name}": weight}
+        state[f"model.{name}"] = weight
+        for key, moment in optimizer.state[weight].items():
+            state[f"optimizer.{name}.{key}"] = moment
     return state
 
 
@@ -561,7 +603,8 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
         raise InputError(f"{path}: cannot be saved ({reason(error)}); older checkpoints stay") from error
 
     def publish() -> None:
-        (unfinished / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
+        content = {"run": identity, "files": {file.name: file_hash(file) for file in unfinished.iterdir()}}
+        (unfinished / "run.json").write_text(json.dumps(content, indent=2) + "\n")
         unfinished.rename(path)
         for old in checkpoints(path.parent)[:-2]:
             shutil.rmtree(old)
@@ -571,17 +614,27 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
 
 def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
     """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
+
+    def check() -> None:
+        changes = []
+        try:
+            before = json.loads((path / "run.json").read_text())
+            for name, value in identity.items():
+                if before["run"].get(name) != value:
+                    changes.append(f"{name} {before['run'].get(name)} -> {value}")
+            for name, content in before["files"].items():
+                if file_hash(path / name) != content:
+                    raise ValueError(f"{name} has changed")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            wrong = f"damaged ({reason(error)}); without it, the one before serves"
+            raise InputError(f"{path}: {wrong}") from error
+        if changes:
+            wrong = f"of another run ({', '.join(changes)}); choose another --output_dir"
+            raise InputError(f"{path}: {wrong}")
+
+    on_first_process(check)
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
-    try:
-        before = json.loads((path / "run.json").read_text())
-        differ = [name for name in identity if before.get(name) != identity[name]]
-        if not differ:
-            dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        raise InputError(f"{path}: damaged ({reason(error)}); without it, the one before serves") from error
-    if differ:
-        changes = ", ".join(f"{name} {before.get(name)} -> {identity[name]}" for name in differ)
-        raise InputError(f"{path}: of another run ({changes}); choose another --output_dir")
+    dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return int(path.name[5:])
 
 
@@ -589,22 +642,22 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identi
 # 9. Training
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-Names = tuple[str, ...]
 REWARDS = ("rewards",)
 MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
 FREE = {  # settings that may change when a run resumes: no step depends on them, but for rounding
     *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
-    *("pack_tokens", "flex", "activation_checkpointing", "replicate"),
+    *("pack_tokens", "activation_checkpointing", "replicate"),
 }
 
 
 def load_examples(
-    path: str, tokenizer: Tokenizer, config: Config, fields: Names = REWARDS, ranked: bool = True
+    path: str, tokenizer: Tokenizer, config: Config, fields: tuple[str, ...] = REWARDS, ranked: bool = True
 ) -> datasets.Dataset:
     """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`.
 
     They are tokenized once, and memory-mapped from disk. Raises InputError for a record that is wrong.
     """
+    cache = config.token_cache or f"{config.output_dir}/tokens"
 
     def tokenize() -> Iterator[Example]:
         for record in iter_records(path, fields):
@@ -612,33 +665,36 @@ def load_examples(
             values = {name: list(map(float, record[name])) for name in fields}
             yield encode(record, tokenizer, config) | values
 
-    def name_of_all() -> str:
-        """A hash of all that the tokenized data depend on."""
-        content = hashlib.sha256(Path(path).read_bytes()).digest() if Path(path).is_file() else path
-        code = [inspect.getsource(function) for function in (rank, render, token_ids, cut_prompt, encode)]
+    def find_or_make() -> str:
+        content = file_hash(path)
         settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
-        return datasets.fingerprint.Hasher.hash((content, tokenizer, code, settings))
-
-    name = on_first_process(name_of_all)
-    cache = config.token_cache or f"{config.output_dir}/tokens"
-
-    def find_or_make() -> datasets.Dataset:
+        name = datasets.fingerprint.Hasher.hash((content, file_hash(__file__), tokenizer, settings))
         try:
-            return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
+            examples = datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
         except ValueError as error:
             raise InputError(f"{cache}: damaged ({reason(error)}); it can be removed") from error
+        if file_hash(path) != content:
+            raise InputError(f"{path}: changed while it was read")
+        return examples.cache_files[0]["filename"]
 
-    on_first_process(lambda: len(find_or_make()))
-    return find_or_make()
+    return datasets.Dataset.from_file(on_first_process(find_or_make))
+
+
+def check_rewards(rewards: list[list[float]], config: Config) -> None:
+    """Says which part of the method these rewards, ranked best first, switch off."""
+    pairs = [high - low for row in rewards for high, low in combinations(row, 2)]
+    kept = sum(gap > config.min_reward_gap for gap in pairs) / len(pairs)
+    opened = sum(row[0] > 0 for row in rewards) / len(rewards)
+    if kept < 0.01:
+        print(f"warning --min_reward_gap {config.min_reward_gap:g} keeps {kept:.2%} of the pairs")
+    if config.gate and not 0.01 <= opened <= 0.99 and len(rewards) >= 100:
+        print(f"warning --gate is open for {opened:.2%} of the queries: their best rewards are above 0")
 
 
 def data_order(queries: int, config: Config) -> list[list[int]]:
-    """The indices of the queries of each step; each epoch has its own seeded order, whatever the processes.
-
-    The few queries that do not fill an epoch's last batch are left out. Raises InputError if no step is left.
-    """
+    """The indices of the queries of each step, in whole batches. Raises InputError if there are too few."""
     per_epoch = queries // config.batch_size
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
@@ -656,7 +712,7 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
 def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
     """Spreads items of these sizes evenly over packs of at most `limit` tokens: the indices in each pack.
 
-    Some packs may stay empty, as each process of a sharded model must make as many passes.
+    Each process gets as many packs, as those of a sharded model must; some may stay empty.
     """
     limit = max(limit, *sizes)  # an item is not divided
     number = math.ceil(sum(sizes) / limit / processes) * processes
@@ -674,7 +730,8 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
 
 def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group: int = 1) -> int:
     """The most tokens of a pack, in tiles of 128: those of the fullest step, spread evenly, and 5 % more."""
-    fullest = max(sum(sizes[i] for i in indices) for indices in order) / dist.get_world_size()
+    steps = [sum(sizes[i] for i in indices) for indices in order]
+    fullest = max(steps) / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
     return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128
 
@@ -700,8 +757,8 @@ def make_packs(
 def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> dict[str, float]:
     """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate.
 
-    The loss of a pack is a mean over its queries, and its weight is its share of the batch's queries. So the
-    sum is the mean over the batch, however it is divided into packs and processes.
+    The loss of a pack is a mean, and its weight is its share of the queries: so packs and processes can't
+    change the sum, which is the mean over the batch.
     """
     totals: dict[str, Any] = {}
     for batch in packs:
@@ -718,7 +775,11 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> 
 
 
 def train(
-    config: Config, loss_fn: Loss | None = None, fields: Names = REWARDS, ranked: bool = True, group: int = 1
+    config: Config,
+    loss_fn: Loss | None = None,
+    fields: tuple[str, ...] = REWARDS,
+    ranked: bool = True,
+    group: int = 1,
 ) -> None:
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
@@ -728,117 +789,114 @@ def train(
     """
     _, _, device = init_process()
     config = settle(config, device)
-    lock = filelock.FileLock(Path(config.output_dir) / ".lock")
-    on_first_process(lambda: open_output(Path(config.output_dir), lock))
+    output = Path(config.output_dir)
+    lock = filelock.FileLock(output / ".lock", timeout=0)
     try:
+        on_first_process(partial(open_output, output, lock))
         tokenizer = load_tokenizer(config.model)
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
         dev_examples = load_data(config.dev_data).to_list() if config.dev_data else []
         if config.alpha is None:
-            config.alpha = 0.05 * (max(map(len, examples["response_ids"])) - 1) ** 2  # Section 3.3
-        settings = {"margin": config.margin, "min_reward_gap": config.min_reward_gap, "gate": config.gate}
-        loss_fn = loss_fn or partial(clha_loss, alpha=config.alpha, **settings)
-        take_steps(config, examples, dev_examples, loss_fn, group)
+            length = median_low(map(len, examples["response_ids"]))
+            config.alpha = 0.05 * (length - 1) ** 2  # Section 3.3
+        if loss_fn is None:
+            on_first_process(lambda: check_rewards([*examples["rewards"]], config))
+            settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
+            loss_fn = partial(clha_loss, **settings)
+        policy = take_steps(config, examples, dev_examples, loss_fn, group)
+        save_model(policy, tokenizer, output / "final", config)
+        on_first_process(lambda: print(f"done    {output / 'final'} is a Hugging Face folder"))
     finally:
         lock.release()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def take_steps(
     config: Config, examples: datasets.Dataset, dev_examples: list[Example], loss_fn: Loss, group: int
-) -> None:
-    """All steps that are not done yet; saves checkpoints on the way, and the model at the end."""
+) -> Policy:
+    """The policy after all steps, of which it takes those that are not done; saves checkpoints on the way."""
     process, processes, device = init_process()
     output = Path(config.output_dir)
-    tokenizer = load_tokenizer(config.model)
     order = data_order(len(examples), config)
     sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
-    policy = load_policy(config, device)
-    check_decoder(policy.model.config.get_text_config(), min(config.max_length, max(sizes)))
-    # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
-    possible = device.type == "cuda" and policy.model._supports_flex_attn
-    dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
-    fill = config.flex and possible and not any(dropout)
     limit = pack_limit(sizes, order, config.pack_tokens, group)
+    policy, model_hash = load_policy(config, device)
+    # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
+    dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
+    fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
     packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
+    lengths = torch.tensor([*examples["longest"]])
+    longest = examples[int(lengths.argmax())]
+    longest = max([longest, *dev_examples], key=lambda example: example["longest"])
+    check_policy(policy, longest, config.dtype, limit if fill else 0)
     adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
     optimizer = adamw(policy.parameters(), config.learning_rate)
-    kind = "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup"
-    schedule = transformers.get_scheduler(kind, optimizer, config.warmup_steps, len(order))
+    schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
     identity = {name: value for name, value in asdict(config).items() if name not in FREE}
-    identity["tokens"] = examples._fingerprint
+    identity |= {"model": model_hash, "tokens": file_hash(examples.cache_files[0]["filename"])}
     newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
     done = restore(newest[0], policy, optimizer, identity) if newest else 0
     for _ in range(done):
         schedule.step()
-    tokens = sum(sizes[i] for indices in order[:done] for i in indices)
-    skipped = 0  # steps in a row
-    if process == 0:
-        start_log(output, config, done)
-        cut = sum(map(bool, examples["cut"]))
-        size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries, {cut:,} of them cut"
-        print(f"train   {size}")
-        print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
-    bar = tqdm(desc="train", total=len(order), initial=done, disable=None if process == 0 else True)
-    with noted_signals() as signals:
-        for step, indices in enumerate(order[done:], done + 1):
-            start = time.perf_counter()
-            torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
-            batch = examples.select(indices).to_list()
-            metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
-            metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
-            skipped += 1
-            if math.isfinite(metrics["loss"] + norm):
-                optimizer.step()
-                skipped = 0
-            optimizer.zero_grad()
-            schedule.step()
-            batch_tokens = sum(example["size"] for example in batch)
-            tokens += batch_tokens
-            speed = batch_tokens / (time.perf_counter() - start)
-            metrics |= {"num_tokens": tokens, "tokens_per_second": speed}
-            metrics["epoch"] = step * config.batch_size / len(examples)
-            if dev_examples and (step % config.eval_every == 0 or step == len(order)):
-                dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
-                metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
-                policy.train()
-            if process == 0:
-                # JSON has no number for what is not finite: null
-                row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                row |= {"skipped": [example["id"] for example in batch]} if skipped else {}
-                with (output / "metrics.jsonl").open("a") as file:
-                    print(json.dumps({"step": step} | row), file=file)
-                bar.set_postfix(loss=metrics["loss"])
-                bar.update()
-            if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
-                raise InputError(
-                    f'{output / "metrics.jsonl"}: {skipped} steps in a row were not finite; see "skipped"'
-                )
-            if config.save_every and step % config.save_every == 0:
-                save_model(policy, tokenizer, output / f"step-{step}", config)
-            stop = torch.tensor(max(signals, default=0), device=device)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
-            due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
-            if optimizer.state and (due or stop):
-                path = output / "checkpoints" / f"step-{step}"
-                save_checkpoint(path, state_tensors(policy, optimizer), identity)
-            if stop and step < len(order):
-                if process == 0:
-                    print(f"stopped after step {step}; the same command resumes", flush=True)
-                raise SystemExit(128 + int(stop))  # as if the signal had ended it
-    save_model(policy, tokenizer, output / "final", config)
-    if process == 0:
-        print(f"done    {output / 'final'} is a Hugging Face folder; metrics in {output / 'metrics.jsonl'}")
-
-
-def start_log(output: Path, config: Config, done: int) -> None:
-    """Writes config.json, and leaves in metrics.jsonl only the lines of steps that are done."""
-    (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     log = output / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.with_suffix(".partial").write_text("".join(lines[:done]))
-    log.with_suffix(".partial").replace(log)
+    if process == 0:
+        (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.with_suffix(".partial").write_text("".join(lines[:done]))
+        log.with_suffix(".partial").replace(log)
+        counts = [len(ids) for ids in examples["response_ids"]]
+        size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries"
+        print(f"train   {size} of {median_low(counts)} responses (at most {max(counts)})")
+        print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
+    signals: list[int] = []  # SIGTERM and Ctrl-C wait for the end of a step
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    skipped = 0  # steps in a row
+    bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
+    for step, indices in enumerate(bar, done + 1):
+        start = time.perf_counter()
+        torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
+        batch = examples.select(indices).to_list()
+        metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+        finite = math.isfinite(metrics["loss"] + norm)
+        skipped = 0 if finite else skipped + 1
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+        metrics["epoch"] = step * config.batch_size / len(examples)
+        seconds = time.perf_counter() - start
+        metrics["tokens_per_second"] = sum(sizes[i] for i in indices) / seconds
+        schedule.step()
+        if dev_examples and (step % config.eval_every == 0 or step == len(order)):
+            dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
+            metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
+            policy.train()
+        if process == 0:
+            # JSON has no number for what is not finite: null
+            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            row |= {} if finite else {"skipped": [example["id"] for example in batch]}
+            with log.open("a") as file:
+                print(json.dumps({"step": step} | row), file=file)
+            bar.set_postfix(loss=metrics["loss"])
+        if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
+            raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
+        if config.save_every and step % config.save_every == 0:
+            save_model(policy, load_tokenizer(config.model), output / f"step-{step}", config)
+        stop = torch.tensor(max(signals, default=0), device=device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
+        due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
+        if optimizer.state and (due or stop):
+            path = output / "checkpoints" / f"step-{step}"
+            save_checkpoint(path, state_tensors(policy, optimizer), identity)
+        if stop and step < len(order):
+            if process == 0:
+                print(f"stopped after step {step}; the same command resumes", flush=True)
+            raise SystemExit(128 + int(stop))  # as if the signal had ended it
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -849,8 +907,9 @@ def init_process() -> tuple[int, int, torch.device]:
     """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
     env = os.environ
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     how: dict[str, Any] = {"timeout": timedelta(hours=1)}  # the others wait while rank 0 tokenizes
     if "RANK" not in env:
@@ -879,35 +938,20 @@ def on_first_process(work: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (InputError, OSError) as error:
-            outcome[1] = error
         except Exception as error:
-            outcome[1] = InputError(f"{type(error).__name__}: {reason(error)}")
+            known = isinstance(error, InputError | OSError)
+            outcome[1] = error if known else InputError(f"{type(error).__name__}: {reason(error)}")
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A list that gets the numbers of SIGTERM and Ctrl-C, which do not end the process meanwhile."""
-    noted: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
-    try:
-        yield noted
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def settle(config: Config, device: torch.device) -> Config:
     """A copy of the settings with what the device decides filled in. Raises InputError for wrong ones."""
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
-        most = 2**32 if isinstance(value, int) else 1e38
-        if isinstance(value, int | float) and not least <= value < most:
+        if isinstance(value, int | float) and not least <= value < 2**32:
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
@@ -915,11 +959,11 @@ def settle(config: Config, device: torch.device) -> Config:
         raise InputError("--max_grad_norm 0: must be above 0; it would clip every gradient to nothing")
     if dist.get_world_size() % config.replicate:
         raise InputError(f"--replicate {config.replicate}: must divide the {dist.get_world_size()} processes")
+    cuda = device.type == "cuda"
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds up in any order
-    cuda = device.type == "cuda"
     dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
     return replace(config, dtype=dtype, pack_tokens=config.pack_tokens or (8192 if cuda else 1024))
 
@@ -928,7 +972,7 @@ def open_output(output: Path, lock: filelock.FileLock) -> None:
     """Makes the output folder this run's own. Raises InputError if it is another's, or finished."""
     output.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except filelock.Timeout:
         raise InputError(f"{output}: another program is at work in it; choose another --output_dir") from None
     if (output / "final").exists():
@@ -961,23 +1005,27 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     chosen = record.get("chosen", 0)
     if not isinstance(turns, list) or not turns or not all(map(is_turn, turns)):
         return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
-    if not isinstance(responses, list) or len(responses) < 2:
-        return '"responses" must be a list of two or more texts'
-    if not all(isinstance(response, str) and response.strip() for response in responses):
-        return '"responses" has one that is empty, or no text'
+    if turns[-1]["role"] == "assistant":
+        return '"prompt" must not end with an assistant turn, which is for the responses'
+    if not isinstance(responses, list) or len(responses) < 2 or not all(map(is_text, responses)):
+        return '"responses" must be a list of two or more texts, none of them empty'
     if type(chosen) is not int or not 0 <= chosen < len(responses):
         return f'"chosen" must be the index of a response, 0 to {len(responses) - 1}'
     if not all(isinstance(record.get(name, ""), str) for name in ("id", "subset")):
         return '"id" and "subset" must be texts'
-    for name in {"rewards", *need} - {"chosen"}:
-        values = record.get(name)
-        if values is None and name in need:
-            return f'no "{name}"' + "; `python reward.py score` adds them" * (name == "rewards")
-        numbers = values if isinstance(values, list) else []
+    for name in {*need} - record.keys():
+        return f'no "{name}"' + "; `python reward.py score` adds them" * (name == "rewards")
+    for name in {"rewards", *need} & record.keys() - {"chosen"}:
+        numbers = record[name] if isinstance(record[name], list) else []
         finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
-        if values is not None and finite != [True] * len(responses):
+        if finite != [True] * len(responses):
             return f'"{name}" must be {len(responses)} finite numbers, one per response'
-    return 'no "chosen"' if "chosen" in need and "chosen" not in record else None
+    return None
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a text that is not empty."""
+    return isinstance(value, str) and not value.isspace() and value != ""
 
 
 def is_turn(turn: Any) -> bool:
@@ -1009,8 +1057,11 @@ def run(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:  # of the latter: a full disk, a name that no file can have, ...
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(3)  # the first process says it; torchrun ends the others meanwhile
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        message = " ".join(str(error).splitlines())
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -54,6 +54,9 @@ class OpenAssistantRewardModel(transformers.GPTNeoXPreTrainedModel):
         self.post_init()
 
 
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of 1 + |reward|; rounding makes 1e-5 and 0.02 of it
+
+
 @dataclass
 class RewardModel:
     """A reward model, its tokenizer, and the format in which it reads a dialogue."""
@@ -65,27 +68,37 @@ class RewardModel:
     max_length: int  # tokens; a longer text loses its beginning
     pack_tokens: int  # tokens of a forward pass
 
-    @torch.inference_mode()
     def score(self, prompts: list[list[Turn]], responses: list[str]) -> list[float]:
         """The reward of each response to the prompt in the same place.
 
         A prompt is computed once for all its responses, wherever they are in the list. Raises InputError if a
-        reward is not finite.
+        reward is not finite, or not the one that the text gets alone.
         """
+        return self.score_ids(self.encode(prompts, responses), self.group(prompts))
+
+    @torch.inference_mode()
+    def score_ids(self, texts: list[list[int]], groups: list[list[int]]) -> list[float]:
+        """The reward of each text, as token ids; the texts of a group share their prompt."""
         self.model.eval()
-        texts = self.encode(prompts, responses)
-        groups = self.group(prompts)
         queries = [share_prefix([texts[i] for i in group]) for group in groups]
         sizes = [query["size"] for query in queries]
         scores = [math.nan] * len(texts)
-        for chunk in chunks(sizes, self.pack_tokens):
-            rewards = self.rewards([queries[k] for k in chunk]).tolist()
+        passes = list(chunks(sizes, self.pack_tokens))
+        for chunk in passes:
+            try:
+                rewards = self.rewards([queries[k] for k in chunk]).tolist()
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                kind = self.model.config.model_type
+                raise InputError(f"{kind}: not supported ({clha.reason(error)})") from error
             for k, row in zip(chunk, rewards, strict=True):
                 for i, reward in zip(groups[k], row, strict=False):  # rows are as wide as the longest query
                     scores[i] = reward
-        for response, score in zip(responses, scores, strict=True):
-            if not math.isfinite(score):
-                raise InputError(f"{self.model.name_or_path}: gives {response[:40]!r} the reward {score}")
+        if not all(map(math.isfinite, scores)):
+            raise InputError(f"{self.model.name_or_path}: gives a text a reward that is not finite")
+        if texts:
+            fullest = max(passes, key=lambda chunk: sum(len(groups[k]) for k in chunk))
+            for k in {passes[-1][-1], fullest[-1]}:  # the longest query; one that shares its pack with most
+                self.compare([texts[i] for i in groups[k]], [scores[i] for i in groups[k]])
         return scores
 
     def encode(self, prompts: list[list[Turn]], responses: list[str]) -> list[list[int]]:
@@ -115,6 +128,22 @@ class RewardModel:
         states = clha.hidden_states(self.model.base_model, pack)  # (N, d)
         last = last_positions(queries).to(states.device)  # (B, l)
         return layer(states[last])[..., 0].float()  # (B, l, d) -> (B, l)
+
+    def compare(self, texts: list[list[int]], scores: list[float]) -> None:
+        """Raises InputError where texts scored in a pack get another score alone, with eager attention."""
+        layer = head(self.model)
+        if layer is None:
+            return
+        self.model.set_attn_implementation("eager")
+        for ids, score in zip(texts, scores, strict=True):
+            states = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
+            alone = layer(states.last_hidden_state[0, -1]).item()
+            off = abs(score - alone) / (1 + abs(alone))
+            if not off <= TOLERANCE[self.model.dtype]:
+                kind = self.model.config.model_type
+                raise InputError(
+                    f"{kind}: not supported, as it scores a text {score:.4g} in a pack, {alone:.4g} alone"
+                )
 
     def encoder_rewards(self, queries: list[Example]) -> Tensor:
         """Rewards (B, 1) of B queries with one response each, as a padded batch."""
@@ -211,8 +240,6 @@ def load_reward_model(
     positions = getattr(config, "max_position_embeddings", None)
     if positions:
         max_length = min(max_length, positions)
-    if head(model) is not None:
-        clha.check_decoder(config, max_length)
     pack_tokens = pack_tokens or default_pack_tokens(device)
     return RewardModel(model.to(device), tokenizer, text, add_bos, max_length, pack_tokens)
 
@@ -520,6 +547,9 @@ def train(args: argparse.Namespace) -> None:
     steps = round(args.epochs * len(training) / args.batch_size)
     if not held_out or not steps:
         raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
+    longest = max(training, key=lambda comparison: comparison.query["size"]).query
+    texts = [longest["prompt_ids"] + ids for ids in longest["response_ids"]]
+    model.score_ids(texts, [list(range(len(texts)))])  # refuses what packs get wrong
     optimizer = torch.optim.AdamW(model.model.parameters(), args.learning_rate, weight_decay=0.0)
     scheduler = transformers.get_scheduler("cosine", optimizer, round(0.05 * steps), steps)
     bar = tqdm(range(steps), desc="reward model", disable=None)
@@ -543,7 +573,7 @@ class NewRewardModel:
 
     @staticmethod
     def from_pretrained(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        settings |= {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        settings |= {"num_labels": 1, "output_loading_info": True} | clha.EAGER
         model, info = AutoModelForSequenceClassification.from_pretrained(path, **settings)
         return model, info | {"missing_keys": set(info["missing_keys"]) - {"score.weight"}}
 
@@ -555,7 +585,6 @@ def start_from(path: str, max_length: int, pack_tokens: int) -> RewardModel:
     model = clha.load(NewRewardModel, path)
     if head(model) is None:
         raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
-    clha.check_decoder(model.config.get_text_config(), max_length)
     # Other programs read the reward at the last token that is not padding. If EOS were padding, that would be
     # the token before it; with no padding token at all they take one text at a time, and the right token.
     pads_with_eos = tokenizer.pad_token_id == tokenizer.eos_token_id

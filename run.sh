@@ -18,10 +18,17 @@
 #     OUT=out/hh                   where everything goes; a stage whose output exists is skipped
 #     TRAIN_FLAGS=, EVAL_FLAGS=    further flags for training and for generation, such as "--max_steps 20"
 #
-# PYTHON=python3 uses an environment of your own instead of .venv.
+# PYTHON=python3 uses an environment of your own instead of .venv. Paths are relative to where you call it.
 set -euo pipefail
 shopt -s nullglob
+caller=$PWD
 cd "$(dirname "$0")"
+if [ "$caller" != "$PWD" ]; then  # relative paths are the caller's
+    for name in MODEL HH RM_TRAIN RM_EVAL PYTHON; do
+        [ -e "$caller/${!name:-/}" ] && [ -n "${!name:-}" ] && printf -v "$name" %s "$caller/${!name}"
+    done
+    [[ ${OUT:-/} = /* ]] || OUT=$caller/$OUT
+fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that spin while they wait starve a busy machine
 
 die() { echo "run.sh: $*" >&2; exit 2; }

@@ -43,7 +43,7 @@ MODULES = (clha, evaluate, prepare_data, people)
 # ------------------------------------------------------------------------------------------------------------
 # The readers: each takes a file's path and gives what it read
 
-PROMPT = '[{"role": "user", "content": "How?"}, {"role": "assistant", "content": "What?"}]'
+PROMPT = '[{"role": "assistant", "content": "What?"}, {"role": "user", "content": "How?"}]'
 RECORD = (
     f'{{"prompt": {PROMPT}, "responses": ["So.", "No."], "rewards": [0.5, -1], "chosen": 1, "subset": "toy"}}'
 )

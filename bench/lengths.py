@@ -53,10 +53,10 @@ def queries(number: int, seed: int) -> list[clha.Example]:
         lengths = rng.choice(HH_LENGTHS)
         rewards = sorted((rng.gauss(0, 1) for _ in lengths[1:]), reverse=True)
         ids = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
-        example = clha.Example(
-            prompt_ids=ids[0], response_ids=ids[1:], rewards=rewards, id=str(i), cut=0, size=sum(lengths)
+        size = {"size": sum(lengths), "longest": lengths[0] + max(lengths[1:])}
+        examples.append(
+            {"prompt_ids": ids[0], "response_ids": ids[1:], "rewards": rewards, "id": str(i)} | size
         )
-        examples.append(example)
     return examples
 
 

@@ -183,7 +183,7 @@ def prepare(config: clha.Config, device: torch.device) -> Run:
     sizes = list(examples["size"])
     order = clha.data_order(len(examples), config)
     limit = clha.pack_limit(sizes, order, config.pack_tokens)
-    fill = config.flex and device.type == "cuda" and not getattr(model, "attention_dropout", 0)
+    fill = device.type == "cuda" and not getattr(model, "attention_dropout", 0)
     return Run(config, model, examples, order, limit, fill)
 
 

@@ -29,12 +29,14 @@ What some of them need besides rewards is written into the records first, by a s
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Literal
 
 import torch
@@ -264,24 +266,11 @@ def check_config(config: BaselineConfig) -> None:
         )
 
 
-def check_resumed(config: BaselineConfig) -> None:
-    """Raises InputError where a run of another objective would go on; clha.py compares its own settings."""
-    output = Path(config.output_dir)
-    if not clha.checkpoints(output / "checkpoints"):
-        return
-    before = reward.read_json(output / "config.json", {}, "the settings of a run")
-    for name in ("objective", "beta", "temperatures", "sft_reduction"):
-        now = getattr(config, name)
-        if before.get(name) != now:
-            changed = f"{name} {before.get(name)} -> {now}"
-            raise InputError(f"{output}: holds another run ({changed}); choose another --output_dir")
-
-
 def default_alpha(config: BaselineConfig) -> float:
-    """The weight of the SFT term where none is given; l is the largest number of responses in the data."""
+    """The weight of the SFT term where none is given; l is the median of the numbers of responses."""
     if config.objective in ALPHAS:
         return ALPHAS[config.objective]
-    length = max(len(record["responses"]) for record in clha.iter_records(config.train_data))
+    length = median_low(len(record["responses"]) for record in clha.iter_records(config.train_data))
     return 0.05 * (length - 1) ** 2
 
 
@@ -307,7 +296,6 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
 def train(config: BaselineConfig) -> None:
     """A whole run of `clha.train` with the objective of the config."""
     check_config(config)
-    check_resumed(config)
     if config.alpha is None:
         config = replace(config, alpha=default_alpha(config))
     if config.objective == "released":
@@ -388,7 +376,10 @@ def write_reference(args: argparse.Namespace) -> None:
     config = clha.settle(config, device)
     records = reward.read_records(args.data)
     tokenizer = clha.load_tokenizer(args.model)
-    policy = clha.load_policy(config, device).eval()
+    policy, _ = clha.load_policy(config, device)
+    longest = max(records, key=lambda record: len(json.dumps(record)))
+    clha.check_policy(policy, clha.encode(longest, tokenizer, config), config.dtype)
+    policy.eval()
 
     def work(share: list[Record], _: int) -> list[Record]:
         examples = [clha.encode(record, tokenizer, config) for record in share]

@@ -22,7 +22,6 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     GptOssConfig,
-    LlamaConfig,
     LlamaTokenizer,
     MambaConfig,
     PretrainedConfig,
@@ -119,16 +118,23 @@ def test_files(tmp_path: Path, refused: Any, name: str, content: Any, message: s
         ({"prompt": [*PROMPT, {"role": "human", "content": "How?"}]}, '"prompt" must be a list of'),
         ({"prompt": [{"role": ["user"], "content": "How?"}]}, '"prompt" must be a list of'),
         ({"prompt": [{"role": "user", "content": None}]}, '"prompt" must be a list of'),
+        (
+            {"prompt": [*PROMPT, {"role": "assistant", "content": "So."}]},
+            '"prompt" must not end with an assist',
+        ),
         ({"responses": "So."}, '"responses" must be a list of two or more texts'),
         ({"responses": ["So."]}, '"responses" must be a list of two or more texts'),
-        ({"responses": ["So.", 1]}, '"responses" has one that is empty, or no text'),
-        ({"responses": ["So.", " \n"]}, '"responses" has one that is empty, or no text'),
+        ({"responses": ["So.", 1]}, '"responses" must be a list of two or more texts, none of them empty'),
+        (
+            {"responses": ["So.", " \n"]},
+            '"responses" must be a list of two or more texts, none of them empty',
+        ),
         ({"chosen": 2}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": -1}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": True}, '"chosen" must be the index of a response, 0 to 1'),
         ({"id": 5}, '"id" and "subset" must be texts'),
         ({"subset": ["a"]}, '"id" and "subset" must be texts'),
-        ({"rewards": None}, 'no "rewards"; `python reward.py score` adds them'),
+        ({"rewards": None}, '"rewards" must be 2 finite numbers'),
         ({"rewards": "high"}, '"rewards" must be 2 finite numbers, one per response'),
         ({"rewards": [1.0]}, '"rewards" must be 2 finite numbers'),
         ({"rewards": [1.0, float("nan")]}, '"rewards" must be 2 finite numbers'),
@@ -313,6 +319,27 @@ def bare_sentencepiece(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")
 
 
+def eos_beyond_the_vocabulary(folder: Path) -> None:
+    """A tokenizer with more special tokens than the model has embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(folder)
+
+
+def not_a_number(folder: Path) -> None:
+    """Weights one of which is NaN."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def normalizer_that_removes_all(folder: Path) -> None:
+    """A tokenizer for which every text is empty."""
+    path = folder / "tokenizer.json"
+    remove_all = {"type": "Replace", "pattern": {"Regex": r"[\s\S]+"}, "content": ""}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": remove_all}))
+
+
 class Trap:
     """What leaves a file behind as soon as it is unpickled."""
 
@@ -352,9 +379,17 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
         (change_config(model_type="mine"), "model: cannot be loaded (ValueError: "),
         (change_config(hidden_size="wide"), "model: cannot be loaded (StrictDataclass"),
         (change_config(hidden_size=48, head_dim=12), "model: cannot be loaded (RuntimeError: "),
-        (change_config(vocab_size=100), "or more than the 100 tokens of the model"),
-        (change_config(**WINDOW), "mistral: models with a sliding_window shorter than a query of 20 tokens"),
-        (change_config(**SCALED), "granite: models with logits_scaling are not supported"),
+        (change_config(_attn_implementation="nobody/kernel"), "model: cannot be loaded (ImportError: "),
+        (change_config(vocab_size=100), "or tokens beyond the 100 of the model"),
+        (eos_beyond_the_vocabulary, "or tokens beyond the 768 of the model"),
+        (change_config(**WINDOW), "mistral: a text of 16 tokens is longer than sliding_window, 8"),
+        (change_config(**SCALED), "granite: not supported: log-probs in a pack are "),
+        (
+            change_config(max_position_embeddings=8),
+            "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
+        ),
+        (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
+        (normalizer_that_removes_all, "the tokenizer merges prompt and response 0, or empties it"),
         (
             remove("model.safetensors"),
             "model: cannot be loaded (OSError: Error no file named model.safetensors",
@@ -397,23 +432,6 @@ def test_what_is_neither_a_model_folder_nor_a_hub_name(refused: Any, path: str) 
 def test_a_hub_name_without_the_hub(monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "nobody/nothing: cannot be loaded (" in refused(lambda: clha.load_tokenizer("nobody/nothing"))
-
-
-REFUSED = "attn_logit_softcapping final_logit_softcapping lm_head_multiplier logit_scale logits_scaling"
-
-
-@pytest.mark.parametrize("name", REFUSED.split())
-def test_what_changes_attention_or_logits(refused: Any, name: str) -> None:
-    message = f"program.py: llama: models with {name} are not supported\n"
-    assert refused(lambda: clha.check_decoder(LlamaConfig(**{name: 30.0}), 10)) == message
-    clha.check_decoder(LlamaConfig(**{name: 1}), 10)
-    clha.check_decoder(LlamaConfig(**{name: None}), 10)
-
-
-def test_a_window_as_long_as_the_query_is_no_hindrance(refused: Any) -> None:
-    clha.check_decoder(LlamaConfig(sliding_window=10), 10)
-    clha.check_decoder(LlamaConfig(sliding_window=None), 10)
-    refused(lambda: clha.check_decoder(LlamaConfig(sliding_window=9), 10))
 
 
 TINY = {"vocab_size": 768, "hidden_size": 32, "num_hidden_layers": 1}

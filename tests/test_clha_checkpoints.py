@@ -22,6 +22,7 @@ from conftest import config
 from safetensors import safe_open
 from test_clha_training import log, start, torchrun_store, weights_file, with_dropout, write
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import clha
 
@@ -433,6 +434,34 @@ def test_another_run_is_refused_by_what_differs(
     assert log(out)[:3] == log(whole)[:3]
 
 
+def other_weights(model: Path) -> None:
+    """Adds a little to one weight of a model folder."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    network.lm_head.weight.data[0, 0] += 0.1
+    network.save_pretrained(model)
+
+
+def other_rope(model: Path) -> None:
+    """Gives a model other positions: its weights stay the same."""
+    settings = json.loads((model / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] *= 2
+    (model / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_rope])
+def test_another_model_in_the_same_place_is_refused(
+    run_in: Callable[..., clha.Config], world: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    shutil.copytree(world / "init", tmp_path / "model")
+    run = run_in(tmp_path / "run", model=str(tmp_path / "model"))
+    stop(run, 2)
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    run.model = str(tmp_path / "moved")
+    stop(run, 1)  # the same model elsewhere goes on
+    change(tmp_path / "moved")
+    fails(run, clha.InputError, r"step-3: of another run \(model \w+ -> \w+\); choose another --output_dir")
+
+
 def test_a_run_that_fails_gives_its_folder_free(
     run_in: Callable[..., clha.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,9 +476,14 @@ def test_a_run_that_fails_gives_its_folder_free(
 def damage_tensors(newest: Path) -> Iterator[None]:
     """Damages its tensors, in one way after the other."""
     (shard,) = newest.glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-1000])
+    saved = shard.read_bytes()
+    shard.write_bytes(saved[:-1000])
+    yield
+    shard.write_bytes(saved[:-5000] + bytes(4000) + saved[-1000:])  # loads without an error
     yield
     shard.write_bytes(b"")
+    yield
+    shutil.copy(newest.with_name("step-4") / shard.name, shard)  # of another step
     yield
     shard.unlink()
     yield
@@ -518,4 +552,5 @@ def test_a_checkpoint_has_weights_moments_and_settings(
     state = {f"optimizer.{weight}.{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
     assert {f"model.{weight}"} | state <= names
     told = json.loads((folder / "run.json").read_text())
-    assert told["seed"] == 42 and told["learning_rate"] == 1e-3
+    assert told["run"]["seed"] == 42 and told["run"]["learning_rate"] == 1e-3
+    assert told["files"].keys() == {path.name for path in folder.iterdir()} - {"run.json"}

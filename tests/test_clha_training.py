@@ -159,7 +159,7 @@ def plain_metrics(model: Any, tokenizer: Any, record: clha.Record, settings: clh
     for i, j in kept:
         rank_loss = rank_loss + (means[j] - means[i] + settings.margin * (j - i)).clamp(min=0)
     gate = float(rewards[0] > 0 or not settings.gate)
-    alpha = 0.05 * (3 - 1) ** 2 if settings.alpha is None else settings.alpha
+    alpha = 0.05 * (2 - 1) ** 2 if settings.alpha is None else settings.alpha
     return {
         "loss": rank_loss - alpha * gate * sums[0],
         "loss/rank": rank_loss.item(),
@@ -170,14 +170,6 @@ def plain_metrics(model: Any, tokenizer: Any, record: clha.Record, settings: clh
         "pairs_kept": len(kept) / len(pairs),
         "gate_open": gate,
     }
-
-
-def plain_tokens(tokenizer: Any, record: clha.Record) -> int:
-    """Tokens of a query whose prompt stands once, with an EOS per response."""
-    prompt = clha.render(record["prompt"])
-    begin = len(tokenizer(prompt).input_ids)
-    whole = [len(tokenizer(f"{prompt} {response}").input_ids) for response in record["responses"]]
-    return begin + sum(size + 1 - begin for size in whole)
 
 
 CHANGED = {"margin": 2.0, "min_reward_gap": 0.1, "gate": False, "alpha": 3.0, "weight_decay": 0.5}
@@ -206,7 +198,6 @@ def test_a_run_is_a_plain_loop(
     tokenizer = AutoTokenizer.from_pretrained(before)
     model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=run.weight_decay)
-    tokens = 0
     steps = zip(clha.data_order(len(records), run), rates, log(tmp_path / "run"), strict=True)
     for number, (indices, rate, row) in enumerate(steps, 1):
         queries = [plain_metrics(model, tokenizer, records[i], run) for i in indices]
@@ -216,8 +207,7 @@ def test_a_run_is_a_plain_loop(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
         optimizer.param_groups[0]["lr"] = 1e-5 * rate
         optimizer.step()
-        tokens += sum(plain_tokens(tokenizer, records[i]) for i in indices)
-        expected = means | {"loss": means["loss"].item(), "grad_norm": norm.item(), "num_tokens": tokens}
+        expected = means | {"loss": means["loss"].item(), "grad_norm": norm.item()}
         expected |= {"step": number, "epoch": number * 8 / 24, "learning_rate": 1e-5 * rate}
         assert row == pytest.approx(expected, rel=1e-4)
     trained = weights(tmp_path / "run" / "final")
@@ -233,7 +223,7 @@ def test_a_run_is_a_plain_loop(
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     told = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert told["alpha"] == (3.0 if tied else 0.2)
+    assert told["alpha"] == (3.0 if tied else 0.05)
     assert told["margin"] == run.margin and told["seed"] == 42
 
 
@@ -455,7 +445,7 @@ def test_a_finished_run_is_refused(
 
 def test_another_seed_is_another_run(world: Path, data: Path, one_process: Path, tmp_path: Path) -> None:
     clha.train(small(world, data, tmp_path / "run", seed=43, max_steps=1))
-    assert log(tmp_path / "run")[0]["num_tokens"] != log(one_process)[0]["num_tokens"]  # other queries
+    assert log(tmp_path / "run")[0]["logps/chosen"] != log(one_process)[0]["logps/chosen"]  # other queries
 
 
 def test_the_file_alone_trains_with_torchrun(
@@ -478,7 +468,7 @@ def test_the_file_alone_trains_with_torchrun(
         [*command, *flags.split()], cwd=alone, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    assert "24 queries" in ended.stdout and "alpha 0.2" in ended.stdout and "steps 1 to 5" in ended.stdout
+    assert "24 queries" in ended.stdout and "alpha 0.05" in ended.stdout and "steps 1 to 5" in ended.stdout
     assert ended.stdout.count("done    out/final") == 1  # the first process speaks alone
     assert_same_run(alone / "out", one_process, world / "init")
     # Nothing is written outside the output folder.
@@ -571,6 +561,60 @@ def test_each_process_gets_as_many_packs_and_their_shares_are_of_the_step(
     )  # an empty pack repeats a query, with share 0
     if group == 2:
         assert sorted(found) == [[0, 1], [2, 3], [4, 5]]
+
+
+# What a run says, and what comes with the model
+
+
+def test_alpha_follows_the_usual_number_of_responses(
+    world: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = list(clha.iter_records(data))
+    many = records[0]["responses"] + [f"I do not know {i}." for i in range(18)]
+    records[0] |= {"responses": many, "rewards": [i / 8 for i in range(20)], "weights": [1.0] * 20}
+    path = write(tmp_path / "odd.jsonl", records[:1] + records[2::2])
+    clha.train(small(world, path, tmp_path / "run", max_steps=1))
+    printed = capsys.readouterr().out
+    assert "queries of 2 responses (at most 20)\n" in printed and "alpha 0.05, " in printed
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("rewards", "told"),
+    [
+        ([[0.3, -0.1], [-0.1, -0.3]], ["--min_reward_gap 0.5 keeps 0.00% of the pairs"]),
+        ([[9.0, 3.0], [3.0, 9.0]], ["--gate is open for 100.00% of the queries"]),
+        ([[-1.0, -1.2]] * 2, ["--min_reward_gap 0.5 keeps 0.00%", "--gate is open for 0.00% of the queries"]),
+        ([[1.0, -1.0], [-1.0, -2.0]], []),
+    ],
+)
+def test_rewards_that_switch_the_method_off_are_told(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rewards: list[list[float]],
+    told: list[str],
+) -> None:
+    records = list(clha.iter_records(world / "scored.jsonl"))[:100]
+    for i, record in enumerate(records):
+        record["rewards"] = rewards[i % 2]
+    path = write(tmp_path / "data.jsonl", records)
+    clha.train(small(world, path, tmp_path / "run", max_steps=1))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == len(told)
+    assert all(text in line for text, line in zip(told, warnings, strict=True))
+
+
+def test_the_generation_config_of_the_model_goes_with_the_result(
+    world: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "init", tmp_path / "model")
+    # Invalid as it is, sampling without do_sample: transformers would refuse to save it.
+    own = {"eos_token_id": [2, 5], "temperature": 0.7, "top_k": 11}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own))
+    clha.train(small(world, data, tmp_path / "run", model=str(tmp_path / "model"), max_steps=1))
+    kept = json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in own} == own
 
 
 # The token cache

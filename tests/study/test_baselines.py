@@ -528,7 +528,7 @@ def test_metrics_of_an_objective_by_hand() -> None:
 )
 def test_default_weight_of_the_sft_term(objective: str, alpha: float, tmp_path: Path) -> None:
     turn = {"role": "user", "content": "Tea?"}
-    records = [{"prompt": [turn], "responses": list("abc"[:length])} for length in (2, 3, 2)]
+    records = [{"prompt": [turn], "responses": list("abcdefghi"[:length])} for length in (2, 3, 3, 9)]
     reward.write_jsonl(tmp_path / "train.jsonl", records)
     settings = config(objective)
     settings.train_data = str(tmp_path / "train.jsonl")
@@ -692,7 +692,7 @@ def logps_of(world: Path, data: Path) -> tuple[Tensor, Tensor, Tensor]:
     for record in clha.iter_records(data):
         example = clha.encode(record, tokenizer, settings)
         examples.append(example | {"rewards": record["rewards"]})
-    policy = clha.load_policy(settings, device)
+    policy, _ = clha.load_policy(settings, device)
     batch = clha.pack(examples)
     with torch.no_grad():
         sum_logps = policy(batch)
