@@ -1039,6 +1039,8 @@ def iter_records(path: str | Path, need: Iterable[str] = ()) -> Iterator[Record]
     number = 0
     for number, record in read_jsonl(path):
         wrong = check_record(record, need)
+        if wrong and "responses" not in record:
+            wrong += "; `python prepare_data.py preference` converts other data"
         if wrong:
             raise InputError(f"{path}, line {number}: {wrong}")
         yield {"id": f"line {number}"} | record
@@ -1055,9 +1057,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:  # of the latter: a full disk, a name that no file can have, ...
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # the first process says it; torchrun ends the others meanwhile
-        message = " ".join(str(error).splitlines())
+        message = "".join(c if c.isprintable() else " " for c in str(error))  # it may quote the data
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

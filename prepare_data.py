@@ -1,12 +1,20 @@
-"""Preference data as records, one JSON line per query: HH-RLHF, or the authors' data.zip.
+"""Preference data as records, one JSON line per query: HH-RLHF, the authors' data.zip, or any other.
 
     python prepare_data.py hh --source Anthropic/hh-rlhf --out data      the hub, or a folder of raw files
     python prepare_data.py release --source FOLDER --out data            the authors' files with their rewards
+    python prepare_data.py preference --source DATA --out train.jsonl    other data, known by their columns
     python prepare_data.py join --data train.jsonl --responses more.jsonl --out train3.jsonl   longer rankings
 
 The first two write train.jsonl, dev.jsonl and test.jsonl; they print how many queries each subset has, next
-to the paper's Table 1, and what was left out and why. No dev query is in the test set. `join` adds responses,
-JSON lines {"id", "response"} that `evaluate.py generate` or any other program has written.
+to the paper's Table 1, and what was left out and why. No dev query is in the test set.
+
+`preference` reads a file (JSON, JSON lines, parquet, CSV), a folder of them, or a data set of the hub, and
+says which of these it is: TRL's prompt, chosen, rejected, as text or messages, with or without the prompt (so
+also UltraFeedback binarized and Tulu 3); all_generated_responses with all_rm_scores; response_0,
+response_0_reward and so on; UltraFeedback's completions; HelpSteer3; Nectar. Scores of reward models become
+rewards; ratings by people or by GPT-4 only say which response is the chosen one.
+
+`join` adds responses, JSON lines {"id", "response"} that `evaluate.py generate` or any other program wrote.
 """
 
 import argparse
@@ -19,7 +27,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from tqdm import tqdm
 
 import clha
@@ -253,6 +261,148 @@ def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> st
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Other preference data. A format takes a row to its prompt, its responses, and what is known of them; it
+# raises ValueError to leave a row out.
+
+
+def as_turns(prompt: Any) -> list[Turn]:
+    """A prompt, a text or messages, as turns."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+def last_answer(messages: Any, prompt: list[Turn]) -> str:
+    """The response among messages, which may repeat the prompt, or as a text."""
+    if isinstance(messages, str):
+        return messages
+    turns = as_turns(messages)
+    answer = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise ValueError("an answer of more than one turn")
+    return answer[0]["content"]
+
+
+def from_pairs(row: dict[str, Any]) -> Record:
+    """TRL's formats: chosen and rejected, after "prompt" or after what both begin with."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is not None:
+        prompt = as_turns(row["prompt"])
+    elif isinstance(chosen, str):
+        record = hh_record(row)
+        if isinstance(record, str):
+            raise ValueError(f"no prompt: {record}")
+        return record
+    else:
+        prompt = as_turns(chosen)[:-1]
+        if as_turns(rejected)[:-1] != prompt:
+            raise ValueError("chosen and rejected answer different dialogues")
+    return {"prompt": prompt, "responses": [last_answer(chosen, prompt), last_answer(rejected, prompt)]}
+
+
+def from_scored_list(row: dict[str, Any]) -> Record:
+    """Any number of responses, with a reward model's scores."""
+    prompt = as_turns(row["prompt"])
+    return {"prompt": prompt, "responses": row["all_generated_responses"], "rewards": row["all_rm_scores"]}
+
+
+def from_scored_columns(row: dict[str, Any]) -> Record:
+    """response_0, response_1, ... with response_0_reward, ..."""
+    names = sorted(name for name in row if re.fullmatch(r"response_\d+", name) and row[name] is not None)
+    prompt = as_turns(row["prompt"])
+    responses = [last_answer(row[name], prompt) for name in names]
+    return {"prompt": prompt, "responses": responses, "rewards": [row[f"{name}_reward"] for name in names]}
+
+
+def from_completions(row: dict[str, Any]) -> Record:
+    """UltraFeedback: completions rated by GPT-4."""
+    ratings = [completion["overall_score"] for completion in row["completions"]]
+    responses = [completion["response"] for completion in row["completions"]]
+    chosen = ratings.index(max(ratings))
+    return {"prompt": as_turns(row["instruction"]), "responses": responses, "chosen": chosen}
+
+
+def from_helpsteer(row: dict[str, Any]) -> Record:
+    """HelpSteer3: from -3, the first is much better, to 3."""
+    preference = row["overall_preference"]
+    if preference == 0:
+        raise ValueError("a tie")
+    responses = [row["response1"], row["response2"]]
+    return {"prompt": as_turns(row["context"]), "responses": responses, "chosen": int(preference > 0)}
+
+
+def from_nectar(row: dict[str, Any]) -> Record:
+    """Nectar: answers ranked from 1, the best; the prompt is HH-RLHF's text."""
+    turns = split_dialogue(row["prompt"])
+    prompt = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    answers = sorted(row["answers"], key=itemgetter("rank"))
+    return {"prompt": prompt, "responses": [answer["answer"] for answer in answers]}
+
+
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]]] = {
+    "clha.py's records": (("prompt", "responses"), dict),
+    "scored responses": (("prompt", "all_generated_responses", "all_rm_scores"), from_scored_list),
+    "scored columns": (("prompt", "response_0", "response_0_reward"), from_scored_columns),
+    "UltraFeedback's completions": (("instruction", "completions"), from_completions),
+    "HelpSteer3": (("context", "response1", "response2", "overall_preference"), from_helpsteer),
+    "Nectar": (("prompt", "answers"), from_nectar),
+    "pairs": (("chosen", "rejected"), from_pairs),
+}
+
+
+def read_source(source: str, split: str) -> Dataset:
+    """The rows of a file, of a folder of files, or of a data set on the hub."""
+    path = Path(source)
+    kinds = {".parquet": "parquet", ".csv": "csv"}
+    try:
+        if path.is_file():
+            return load_dataset(kinds.get(path.suffix, "json"), data_files=source, split="train")
+        if path.is_dir() or source.count("/") == 1:
+            return load_dataset(source, split=split)
+    except Exception as error:  # of any reader
+        cause = clha.reason(error.__cause__ or error)
+        raise InputError(f"{source}: cannot be read ({type(error).__name__}: {cause})") from error
+    raise InputError(f"{source}: no such file or folder, and not a hub name (owner/name)")
+
+
+def recognize(columns: list[str], source: str) -> str:
+    """The name of the format that has these columns. Raises InputError if there is none."""
+    for name, (needed, _) in FORMATS.items():
+        if set(needed) <= set(columns):
+            return name
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
+    raise InputError(f"{source}: has the columns {', '.join(columns)}, of no format known here ({known})")
+
+
+def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[Record], Counter[str]]:
+    """The records of all rows, and how many rows were left out for which reason, with the first of them."""
+    records = []
+    first: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
+    for number, row in enumerate(tqdm(rows, desc=name, disable=None), 1):
+        try:
+            found = FORMATS[name][1](row)
+            record = {key: value for key, value in found.items() if value is not None}
+            own_id = record.pop("id", None) or row.get("id") or row.get("prompt_id")
+            record = {"chosen": 0} | record | {"id": str(own_id or f"row {number}")}
+            wrong = clha.check_record(record)
+            if "rewards" in record and not wrong:
+                record["chosen"] = record["rewards"].index(max(record["rewards"]))
+            if len(set(record["responses"])) < len(record["responses"]):
+                wrong = wrong or "two responses are the same"
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            wrong = str(error) or type(error).__name__
+        if wrong and strict:
+            raise InputError(f"{source}, row {number}: {wrong}")
+        if wrong:
+            first.setdefault(wrong, number)
+            dropped[wrong] += 1
+        else:
+            records.append(record)
+    return records, Counter({f"{wrong} (first: row {first[wrong]})": n for wrong, n in dropped.items()})
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Longer rankings: HH-RLHF_3 of Section 3.1, where ChatGPT gave each prompt a third response
 
 
@@ -309,6 +459,23 @@ def prepare(args: argparse.Namespace) -> None:
             print(f"\n{split}: {reward.summary(records)}")
 
 
+def prepare_preference(args: argparse.Namespace) -> None:
+    """Writes preference data of any known format as records."""
+    reward.check_output(args.out, "new")
+    rows = read_source(args.source, args.split)
+    name = recognize(rows.column_names, args.source)
+    print(f"{args.source}: {name}, by the columns {', '.join(FORMATS[name][0])}")
+    records, dropped = convert(rows, name, args.source, args.strict)
+    for reason, count in dropped.most_common():
+        print(f"  left out {count:,}: {reason}")
+    if not records:
+        raise InputError(f"{args.source}: none of its {len(rows):,} rows can be used")
+    reward.write_jsonl(args.out, records)
+    scored = "rewards" in records[0]
+    print(reward.summary(records) if scored else "no rewards: `python reward.py score` adds them")
+    print(f"{len(records):,} queries written to {args.out}")
+
+
 def join(args: argparse.Namespace) -> None:
     """Gives each record more responses, from a file; they then need new rewards."""
     reward.check_output(args.out, "new")
@@ -327,6 +494,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     hh = commands.add_parser("hh", help="HH-RLHF", description=__doc__)
     release = commands.add_parser("release", help="the authors' data.zip", description=__doc__)
+    preference = commands.add_parser("preference", help="other preference data", description=__doc__)
     joining = commands.add_parser("join", help="more responses to each prompt", description=__doc__)
     hh.add_argument("--source", required=True, help="Anthropic/hh-rlhf, or a folder with its four subsets")
     release.add_argument("--source", required=True, help="a file of the authors', or a folder of them")
@@ -335,6 +503,11 @@ def main() -> None:
         command.add_argument("--out", required=True, help="folder for train, dev and test.jsonl")
         command.add_argument("--dev_items", type=int, default=280, help="dev queries drawn from the test set")
         command.add_argument("--seed", type=int, default=42, help="of that draw")
+    preference.set_defaults(run=prepare_preference)
+    preference.add_argument("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
+    preference.add_argument("--split", default="train", help="of a data set on the hub, or of a folder")
+    preference.add_argument("--out", required=True, help="the records, JSON lines")
+    preference.add_argument("--strict", action="store_true", help="a row that cannot be used ends it")
     joining.set_defaults(run=join)
     joining.add_argument("--data", required=True, help="records to add responses to")
     joining.add_argument("--responses", required=True, help='JSON lines {"id", "response"}')

@@ -132,13 +132,19 @@ def html_sheet(sheet: list[Record], sheet_id: str) -> str:
     return Path(__file__).with_name("sheet.html").read_text(encoding="utf-8").replace("SHEET_DATA", data)
 
 
+def no_formula(text: Any) -> str:
+    """A text as a cell that a spreadsheet shows, and does not compute."""
+    return f"'{text}" if str(text).startswith(("=", "+", "-", "@")) else str(text)
+
+
 def csv_sheet(sheet: list[Record], sheet_id: str) -> str:
     """The sheet as a table with an empty column for the answers."""
     file = io.StringIO()
     table = csv.DictWriter(file, ["sheet", "item", "subset", "prompt", "left", "right", "answer"])
     table.writeheader()
     for row in sheet:
-        table.writerow(row | {"sheet": sheet_id, "prompt": dialogue(row["prompt"])})
+        texts = row | {"sheet": sheet_id, "prompt": dialogue(row["prompt"])}
+        table.writerow({name: no_formula(text) for name, text in texts.items()})
     return "\ufeff" + file.getvalue()  # by this mark Excel knows UTF-8
 
 

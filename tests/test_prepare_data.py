@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import clha
@@ -337,6 +338,203 @@ def test_the_real_files_of_the_authors_are_read(shared: Path) -> None:
     assert len(splits["dev"]) == 279
     dev = {prepare_data.same_query(record) for record in splits["dev"]}
     assert not dev & {prepare_data.same_query(record) for record in splits["test"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Other preference data
+
+
+def user(text: str) -> clha.Turn:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> clha.Turn:
+    return {"role": "assistant", "content": text}
+
+
+TALK = [user("Hi"), assistant("Hello"), user("Tea?")]
+PAIR = {"prompt": TALK, "responses": ["Yes", "No"], "chosen": 0}
+ONE = {"prompt": [user("Tea?")], "responses": ["Yes", "No"], "chosen": 0}
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:"
+FORMATS = {  # a row, and its record
+    "text, explicit": ({"prompt": "Tea?", "chosen": "Yes", "rejected": "No"}, ONE),
+    "text, implicit": ({"chosen": f"{HH} Yes", "rejected": f"{HH} No"}, PAIR),
+    "messages, explicit": (
+        {"prompt": TALK, "chosen": [assistant("Yes")], "rejected": [assistant("No")]},
+        PAIR,
+    ),
+    "messages, implicit": ({"chosen": [*TALK, assistant("Yes")], "rejected": [*TALK, assistant("No")]}, PAIR),
+    "UltraFeedback binarized": (
+        {
+            "prompt": "Tea?",
+            "prompt_id": "9f3",
+            "chosen": [user("Tea?"), assistant("Yes")],
+            "rejected": [user("Tea?"), assistant("No")],
+            "score_chosen": 8.0,  # by GPT-4
+            "score_rejected": 4.0,
+        },
+        ONE | {"id": "9f3"},
+    ),
+    "Tulu 3": (
+        {
+            "id": "t7",
+            "source": "wildchat",
+            "prompt": "Tea?",
+            "chosen": [user("Tea?"), assistant("Yes")],
+            "rejected": [user("Tea?"), assistant("No")],
+        },
+        ONE | {"id": "t7"},
+    ),
+    "scored responses": (
+        {
+            "prompt": "Tea?",
+            "chosen": [user("Tea?"), assistant("Yes")],
+            "rejected": [user("Tea?"), assistant("No")],
+            "all_generated_responses": ["No", "Yes", "Maybe"],
+            "all_rm_scores": [-0.5, 2.0, 0.25],
+        },
+        ONE | {"responses": ["No", "Yes", "Maybe"], "rewards": [-0.5, 2.0, 0.25], "chosen": 1},
+    ),
+    "scored columns": (
+        {
+            "prompt": "Tea?",
+            "response_0": [user("Tea?"), assistant("No")],
+            "response_0_reward": 0.1,
+            "response_1": [user("Tea?"), assistant("Yes")],
+            "response_1_reward": 0.3,
+        },
+        ONE | {"responses": ["No", "Yes"], "rewards": [0.1, 0.3], "chosen": 1},
+    ),
+    "completions": (
+        {
+            "instruction": "Tea?",
+            "completions": [
+                {"response": "No", "overall_score": 2.0},
+                {"response": "Yes", "overall_score": 9.5},
+                {"response": "Maybe", "overall_score": 5.0},
+            ],
+        },
+        ONE | {"responses": ["No", "Yes", "Maybe"], "chosen": 1},
+    ),
+    "HelpSteer3": (
+        {"context": TALK, "response1": "No", "response2": "Yes", "overall_preference": 2, "domain": "x"},
+        PAIR | {"responses": ["No", "Yes"], "chosen": 1},
+    ),
+    "HelpSteer3, text": (
+        {"context": "Tea?", "response1": "Yes", "response2": "No", "overall_preference": -1},
+        ONE,
+    ),
+    "Nectar": (
+        {
+            "prompt": HH,
+            "answers": [
+                {"answer": "No", "rank": 3.0},
+                {"answer": "Yes", "rank": 1.0},
+                {"answer": "Maybe", "rank": 2.0},
+            ],
+        },
+        PAIR | {"responses": ["Yes", "Maybe", "No"]},
+    ),
+}
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *words: str) -> list[Record]:
+    """What `preference` makes of a file."""
+    run(monkeypatch, "preference", "--source", source, "--out", out, *words)
+    return list(clha.iter_records(out))
+
+
+@pytest.mark.parametrize(("row", "record"), FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_each_format_becomes_records(
+    row: dict[str, Any], record: Record, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / f"data.{kind}"
+    rows = datasets.Dataset.from_list([row, row])
+    if kind == "parquet":
+        rows.to_parquet(source)
+    else:
+        text = json.dumps([row, row]) if kind == "json" else f"{json.dumps(row)}\n\n{json.dumps(row)}\n"
+        source.write_text(text)
+    found = convert(monkeypatch, source, tmp_path / "train.jsonl")
+    own = record.get("id")
+    assert found == [record | {"id": own or f"row {number}"} for number in (1, 2)]
+
+
+def test_csv_and_folders_and_integer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.csv").write_text('id,prompt,chosen,rejected\n7,Tea?,Yes,"No, \nthanks"\n')
+    [record] = convert(monkeypatch, tmp_path / "data.csv", tmp_path / "a.jsonl")
+    assert record == ONE | {"responses": ["Yes", "No, \nthanks"], "id": "7"}
+    (tmp_path / "folder").mkdir()
+    row, expected = FORMATS["messages, implicit"]
+    for name in ("train", "test"):
+        (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps(row | {"id": name}) + "\n")
+    for name in ("train", "test"):
+        out = tmp_path / f"{name}.jsonl"
+        assert convert(monkeypatch, tmp_path / "folder", out, "--split", name) == [expected | {"id": name}]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = FORMATS["HelpSteer3"][0]
+    rows = [good, good | {"overall_preference": 0}, good | {"response1": "Yes"}, good | {"response2": " "}]
+    rows += [good | {"context": [*TALK, assistant("So")]}, good | {"overall_preference": 0}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(convert(monkeypatch, tmp_path / "data.jsonl", tmp_path / "out.jsonl")) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "data.jsonl: HelpSteer3, by the columns context, response1, response2, overall_preference" in printed
+    )
+    assert "left out 2: a tie (first: row 2)" in printed
+    assert "left out 1: two responses are the same (first: row 3)" in printed
+    assert "none of them empty (first: row 4)" in printed
+    assert (
+        '"prompt" must not end with an assistant turn, which is for the responses (first: row 5)' in printed
+    )
+    assert "no rewards: `python reward.py score` adds them" in printed
+    with pytest.raises(InputError, match=r"data.jsonl, row 2: a tie"):
+        convert(monkeypatch, tmp_path / "data.jsonl", tmp_path / "strict.jsonl", "--strict")
+    assert not (tmp_path / "strict.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"question": "Tea?", "answer": "Yes"}],
+            "has the columns question, answer, of no format known here",
+        ),
+        ([{"prompt": "Tea?", "chosen": "Yes", "rejected": "Yes"}], "none of its 1 rows can be used"),
+        ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
+    ],
+)
+def test_data_of_no_format_are_refused_in_a_line(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as caught:
+        convert(monkeypatch, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_broken_file_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data.jsonl", "data.parquet", "data.csv"):
+        (tmp_path / name).write_bytes(b'{"chosen": "a"\x00\xff')
+        with pytest.raises(InputError, match=f"{name}: (cannot be read|has the columns)") as caught:
+            convert(monkeypatch, tmp_path / name, tmp_path / "out.jsonl")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="nowhere: no such file or folder, and not a hub name"):
+        convert(monkeypatch, Path("nowhere"), tmp_path / "out.jsonl")
+
+
+def test_clha_says_which_command_converts_such_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(FORMATS["text, explicit"][0]) + "\n")
+    with pytest.raises(
+        InputError, match=r"line 1: .*`python prepare_data.py preference` converts other data"
+    ):
+        list(clha.iter_records(tmp_path / "data.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------------------
