@@ -794,6 +794,9 @@ def train(
     try:
         on_first_process(partial(open_output, output, lock))
         tokenizer = load_tokenizer(config.model)
+        if tokenizer.chat_template:
+            tokenizer.chat_template = None
+            on_first_process(lambda: print("warning dialogues are HH-RLHF's text: no chat template is used"))
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
         dev_examples = load_data(config.dev_data).to_list() if config.dev_data else []
@@ -804,7 +807,7 @@ def train(
             on_first_process(lambda: check_rewards([*examples["rewards"]], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
-        policy = take_steps(config, examples, dev_examples, loss_fn, group)
+        policy = take_steps(config, tokenizer, examples, dev_examples, loss_fn, group)
         save_model(policy, tokenizer, output / "final", config)
         on_first_process(lambda: print(f"done    {output / 'final'} is a Hugging Face folder"))
     finally:
@@ -814,7 +817,12 @@ def train(
 
 
 def take_steps(
-    config: Config, examples: datasets.Dataset, dev_examples: list[Example], loss_fn: Loss, group: int
+    config: Config,
+    tokenizer: Tokenizer,
+    examples: datasets.Dataset,
+    dev_examples: list[Example],
+    loss_fn: Loss,
+    group: int,
 ) -> Policy:
     """The policy after all steps, of which it takes those that are not done; saves checkpoints on the way."""
     process, processes, device = init_process()
@@ -885,7 +893,7 @@ def take_steps(
         if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
             raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
         if config.save_every and step % config.save_every == 0:
-            save_model(policy, load_tokenizer(config.model), output / f"step-{step}", config)
+            save_model(policy, tokenizer, output / f"step-{step}", config)
         stop = torch.tensor(max(signals, default=0), device=device)
         dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
