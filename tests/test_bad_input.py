@@ -631,3 +631,24 @@ def test_run_sh(tmp_path: Path, variable: str, command: str, message: str) -> No
     assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("run.sh: ") and message in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"OUT": "file/x"}, "run.sh: OUT={tmp}/file/x: must be a folder"),
+        (
+            {"MODEL": "model", "HH": "none/at/all"},
+            "run.sh: HH=none/at/all: must be a folder",
+        ),  # the model was found
+    ],
+)
+def test_relative_paths_of_run_sh_are_the_callers(
+    tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "model").mkdir()
+    environment = os.environ | {"PYTHON": sys.executable} | settings
+    words = ["bash", ROOT / "run.sh", *(["tiny"] if "OUT" in settings else [])]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and message.format(tmp=tmp_path) in ended.stderr
