@@ -500,6 +500,26 @@ def test_a_finished_run(world: Path, tmp_path: Path, refused: Any) -> None:
     assert refused(lambda: clha.train(config(world, tmp_path / "out"))) == message
 
 
+def test_a_lock_that_is_a_link_empties_no_file(world: Path, tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "notes")
+    assert ".lock" in refused(lambda: clha.train(config(world, tmp_path / "out")))
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_what_an_error_quotes_reaches_the_terminal_as_text(tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "data.jsonl").write_bytes(LINE)
+    record = json.loads(LINE.splitlines()[0]) | {"id": "\x1b]0;title\x07", "responses": ["a", "b"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record | {"rewards": [1.0, 2.0]}) + "\n")
+
+    def fail() -> None:
+        [found] = clha.iter_records(tmp_path / "data.jsonl")
+        raise clha.InputError(f"{found['id']}: wrong")
+
+    assert refused(fail) == "program.py:  ]0;title : wrong\n"
+
+
 def test_a_folder_that_another_run_works_in(world: Path, tmp_path: Path, refused: Any) -> None:
     message = f"program.py: {tmp_path}: another program is at work in it; choose another --output_dir\n"
     with filelock.FileLock(tmp_path / ".lock"):

@@ -706,6 +706,15 @@ def scored_folder(folder: Path, mean: float, gold: bool = True) -> Path:
     return folder
 
 
+def test_a_model_path_leads_to_no_output_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert (
+        evaluate.model_name("final/..") == evaluate.model_name(".") == evaluate.model_name("final") == "run"
+    )
+    assert evaluate.model_name("..") == tmp_path.name
+
+
 def test_the_best_has_the_highest_reward(tmp_path: Path, program: Program) -> None:
     folders = [scored_folder(tmp_path / f"step-{i}", mean) for i, mean in enumerate((30, 55, 20, 55))]
     assert program("best", *folders) == f"{folders[1]}\n"  # the first of equals

@@ -127,6 +127,13 @@ def test_the_majority_is_more_than_half(votes: str, outcome: str) -> None:
 # Sheets
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_no_cell_of_a_sheet_is_a_formula(text: str) -> None:
+    row = {"item": "1", "subset": text, "prompt": [{"role": "user", "content": "Tea?"}], "left": text}
+    [cells] = csv.DictReader(people.csv_sheet([row | {"right": "Yes"}], "s").lstrip("\ufeff").splitlines())
+    assert cells["left"] == cells["subset"] == f"'{text}" and cells["right"] == "Yes"
+
+
 def test_a_sheet_is_blind_and_its_key_is_right(sheet: Path) -> None:
     key = json.loads((sheet / "key.json").read_text())
     with (sheet / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
