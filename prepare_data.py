@@ -19,6 +19,7 @@ rewards; ratings by people or by GPT-4 only say which response is the chosen one
 
 import argparse
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -308,7 +309,8 @@ def from_scored_list(row: dict[str, Any]) -> Record:
 
 def from_scored_columns(row: dict[str, Any]) -> Record:
     """response_0, response_1, ... with response_0_reward, ..."""
-    names = sorted(name for name in row if re.fullmatch(r"response_\d+", name) and row[name] is not None)
+    names = [name for name in row if re.fullmatch(r"response_\d+", name) and row[name] is not None]
+    names.sort(key=lambda name: int(name.removeprefix("response_")))
     prompt = as_turns(row["prompt"])
     responses = [last_answer(row[name], prompt) for name in names]
     return {"prompt": prompt, "responses": responses, "rewards": [row[f"{name}_reward"] for name in names]}
@@ -316,7 +318,9 @@ def from_scored_columns(row: dict[str, Any]) -> Record:
 
 def from_completions(row: dict[str, Any]) -> Record:
     """UltraFeedback: completions rated by GPT-4."""
-    ratings = [completion["overall_score"] for completion in row["completions"]]
+    ratings = [float(completion["overall_score"]) for completion in row["completions"]]
+    if not all(map(math.isfinite, ratings)) or ratings.count(max(ratings)) > 1:
+        raise ValueError("a tie, or no rating")
     responses = [completion["response"] for completion in row["completions"]]
     chosen = ratings.index(max(ratings))
     return {"prompt": as_turns(row["instruction"]), "responses": responses, "chosen": chosen}
@@ -386,12 +390,14 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
             own_id = record.pop("id", None) or row.get("id") or row.get("prompt_id")
             record = {"chosen": 0} | record | {"id": str(own_id or f"row {number}")}
             wrong = clha.check_record(record)
-            if "rewards" in record and not wrong:
+            if "rewards" in record and "chosen" not in found and not wrong:
                 record["chosen"] = record["rewards"].index(max(record["rewards"]))
             if len(set(record["responses"])) < len(record["responses"]):
                 wrong = wrong or "two responses are the same"
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            wrong = str(error) or type(error).__name__
+        except ValueError as error:
+            wrong = str(error)
+        except (KeyError, IndexError, TypeError):
+            wrong = "values are missing"
         if wrong and strict:
             raise InputError(f"{source}, row {number}: {wrong}")
         if wrong:
@@ -471,7 +477,7 @@ def prepare_preference(args: argparse.Namespace) -> None:
     if not records:
         raise InputError(f"{args.source}: none of its {len(rows):,} rows can be used")
     reward.write_jsonl(args.out, records)
-    scored = "rewards" in records[0]
+    scored = all("rewards" in record for record in records)
     print(reward.summary(records) if scored else "no rewards: `python reward.py score` adds them")
     print(f"{len(records):,} queries written to {args.out}")
 
@@ -507,7 +513,11 @@ def main() -> None:
     preference.add_argument("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
     preference.add_argument("--split", default="train", help="of a data set on the hub, or of a folder")
     preference.add_argument("--out", required=True, help="the records, JSON lines")
-    preference.add_argument("--strict", action="store_true", help="a row that cannot be used ends it")
+    preference.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first row that cannot be used",
+    )
     joining.set_defaults(run=join)
     joining.add_argument("--data", required=True, help="records to add responses to")
     joining.add_argument("--responses", required=True, help='JSON lines {"id", "response"}')

@@ -54,7 +54,7 @@ class OpenAssistantRewardModel(transformers.GPTNeoXPreTrainedModel):
         self.post_init()
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of 1 + |reward|; rounding makes 1e-5 and 0.02 of it
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of 1 + |reward|; rounding makes less
 
 
 @dataclass
@@ -80,6 +80,11 @@ class RewardModel:
     def score_ids(self, texts: list[list[int]], groups: list[list[int]]) -> list[float]:
         """The reward of each text, as token ids; the texts of a group share their prompt."""
         self.model.eval()
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and head(self.model) is not None and max(map(len, texts), default=0) > window:
+            raise InputError(
+                f"{self.model.config.model_type}: a text is longer than its sliding_window, {window}"
+            )
         queries = [share_prefix([texts[i] for i in group]) for group in groups]
         sizes = [query["size"] for query in queries]
         scores = [math.nan] * len(texts)
@@ -97,7 +102,8 @@ class RewardModel:
             raise InputError(f"{self.model.name_or_path}: gives a text a reward that is not finite")
         if texts:
             fullest = max(passes, key=lambda chunk: sum(len(groups[k]) for k in chunk))
-            for k in {passes[-1][-1], fullest[-1]}:  # the longest query; one that shares its pack with most
+            longest = max(range(len(groups)), key=lambda k: max(len(texts[i]) for i in groups[k]))
+            for k in {longest, fullest[-1]}:  # the longest text; one that shares its pack with most
                 self.compare([texts[i] for i in groups[k]], [scores[i] for i in groups[k]])
         return scores
 
@@ -547,7 +553,7 @@ def train(args: argparse.Namespace) -> None:
     steps = round(args.epochs * len(training) / args.batch_size)
     if not held_out or not steps:
         raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
-    longest = max(training, key=lambda comparison: comparison.query["size"]).query
+    longest = max(training, key=longest_text).query
     texts = [longest["prompt_ids"] + ids for ids in longest["response_ids"]]
     model.score_ids(texts, [list(range(len(texts)))])  # refuses what packs get wrong
     optimizer = torch.optim.AdamW(model.model.parameters(), args.learning_rate, weight_decay=0.0)
@@ -593,6 +599,11 @@ def start_from(path: str, max_length: int, pack_tokens: int) -> RewardModel:
     text = partial(hh_text, eos=tokenizer.eos_token)
     pack_tokens = pack_tokens or default_pack_tokens(device)
     return RewardModel(model.to(device), tokenizer, text, True, max_length, pack_tokens)
+
+
+def longest_text(comparison: Comparison) -> int:
+    """Tokens of the longest of its texts."""
+    return len(comparison.query["prompt_ids"]) + max(map(len, comparison.query["response_ids"]))
 
 
 def compare(model: RewardModel, record: Record) -> Comparison:

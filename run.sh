@@ -18,7 +18,8 @@
 #     OUT=out/hh                   where everything goes; a stage whose output exists is skipped
 #     TRAIN_FLAGS=, EVAL_FLAGS=    further flags for training and for generation, such as "--max_steps 20"
 #
-# PYTHON=python3 uses an environment of your own instead of .venv. Paths are relative to where you call it.
+# PYTHON=python3 uses an environment of your own instead of .venv. Relative paths start where
+# you call it; the default OUT is here.
 set -euo pipefail
 shopt -s nullglob
 caller=$PWD

@@ -130,7 +130,7 @@ def build(kind: Any, name: str, **more: Any) -> PreTrainedModel:
 def trained(name: str) -> str:
     """How far log-probs in a pack are from those alone; raises InputError as the start of a run does."""
     policy = clha.Policy(build(AutoModelForCausalLM, name))
-    clha.check_policy(policy.train(), QUERY, "float32")
+    clha.check_policy(policy.train(), QUERY, QUERY["longest"], "float32")
     with torch.no_grad():
         packed = policy.eval()(clha.pack([QUERY]))[0]
         alone = torch.stack([policy.forward_alone(PROMPT, ids) for ids in RESPONSES])

@@ -29,12 +29,12 @@ What some of them need besides rewards is written into the records first, by a s
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median_low
 from typing import Literal
@@ -377,8 +377,8 @@ def write_reference(args: argparse.Namespace) -> None:
     records = reward.read_records(args.data)
     tokenizer = clha.load_tokenizer(args.model)
     policy, _ = clha.load_policy(config, device)
-    longest = max(records, key=lambda record: len(json.dumps(record)))
-    clha.check_policy(policy, clha.encode(longest, tokenizer, config), config.dtype)
+    longest = max((clha.encode(record, tokenizer, config) for record in records), key=itemgetter("longest"))
+    clha.check_policy(policy, longest, longest["longest"], config.dtype)
     policy.eval()
 
     def work(share: list[Record], _: int) -> list[Record]:

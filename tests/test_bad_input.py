@@ -389,7 +389,7 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
             "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
-        (normalizer_that_removes_all, "the tokenizer merges prompt and response 0, or empties it"),
+        (normalizer_that_removes_all, "the tokenizer merges the prompt with response 0, or empties it"),
         (
             remove("model.safetensors"),
             "model: cannot be loaded (OSError: Error no file named model.safetensors",

@@ -422,7 +422,7 @@ def test_another_run_is_refused_by_what_differs(
     records = list(clha.iter_records(data))
     records[0]["responses"][0] += " Yes."
     changed = write(tmp_path / "changed.jsonl", records)
-    others[r"\(tokens \w+ -> \w+\); choose another --output_dir"] = {"train_data": str(changed)}
+    others[r"\(tokens \['\w+'\] -> \['\w+'\]\); choose another --output_dir"] = {"train_data": str(changed)}
     for message, settings in others.items():
         fails(run_in(out, **(COSINE | settings)), clha.InputError, message)
     assert steps(out) == [1, 2, 3] and kept(out) == {"step-3"}
@@ -508,7 +508,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     stop(run, 5)
     newest = out / "checkpoints" / "step-5"
     for _ in damage(newest):
-        fails(run, clha.InputError, "step-5: damaged .*; without it, the one before serves$")
+        fails(run, clha.InputError, "step-5: damaged .*; remove it to resume from the one before$")
     assert steps(out) == list(range(1, 6))
     shutil.rmtree(newest)
     clha.train(run)

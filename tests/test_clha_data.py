@@ -241,7 +241,9 @@ def test_a_tokenizer_that_merges_across_the_start_of_a_response_is_refused() -> 
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence([])
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(InputError, match=r"^a: the tokenizer merges prompt and response 0, or empties it$"):
+    with pytest.raises(
+        InputError, match=r"^a: the tokenizer merges the prompt with response 0, or empties it$"
+    ):
         clha.encode(GOOD, merging, WIDE)
 
 
@@ -394,6 +396,19 @@ def test_what_was_tokenized_is_found_again_and_a_change_is_seen(
     other.eos_token = other.bos_token
     assert load("copy", other) != first and made
     assert load("copy") == first and not made
+
+
+@pytest.mark.usefixtures("group")
+def test_examples_of_several_files_are_all_there(
+    world: Path, tmp_path: Path, toy: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "data.jsonl", *scored(world))
+    whole = clha.load_examples(path, toy, Config("", "", str(tmp_path / "one")))
+    monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", "1KB")  # 500 MB, after which a new file begins
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 5)
+    parts = clha.load_examples(path, toy, Config("", "", str(tmp_path / "parts")))
+    assert len(parts.cache_files) > 1 == len(whole.cache_files)
+    assert parts.to_list() == whole.to_list()
 
 
 @pytest.mark.usefixtures("group")

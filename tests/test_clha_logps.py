@@ -351,7 +351,7 @@ def test_models_whose_log_probs_would_be_wrong_are_refused(settings: dict[str, A
     model = tiny(**settings)
     kind = model.config.model_type
     with pytest.raises(clha.InputError, match=f"^{kind}: (not supported|a text of 25 tokens)") as caught:
-        clha.check_policy(clha.Policy(model), CHECKED, "float32")
+        clha.check_policy(clha.Policy(model), CHECKED, 25, "float32")
     assert "\n" not in str(caught.value)
 
 
@@ -368,28 +368,28 @@ def test_models_whose_log_probs_would_be_wrong_are_refused(settings: dict[str, A
 @pytest.mark.usefixtures("way")
 def test_other_models_are_not_refused(settings: dict[str, Any]) -> None:
     policy = clha.Policy(tiny(**settings)).train()
-    clha.check_policy(policy, CHECKED, "float32")
+    clha.check_policy(policy, CHECKED, 25, "float32")
     assert policy.training
 
 
 def test_bfloat16_passes_and_a_leak_in_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = clha.Policy(tiny().bfloat16())
-    clha.check_policy(policy, CHECKED, "bfloat16")
+    clha.check_policy(policy, CHECKED, 25, "bfloat16")
     with pytest.raises(clha.InputError, match="not supported"):  # rounding is more than float32's tolerance
-        clha.check_policy(policy, CHECKED, "float32")
+        clha.check_policy(policy, CHECKED, 25, "float32")
     masks = clha.query_masks
     monkeypatch.setattr(
         clha, "query_masks", lambda *places: [mask.new_ones(mask.shape).tril() for mask in masks(*places)]
     )
     with pytest.raises(clha.InputError, match="not supported"):
-        clha.check_policy(policy, CHECKED, "bfloat16")
+        clha.check_policy(policy, CHECKED, 25, "bfloat16")
 
 
 def test_weights_that_are_not_numbers_are_refused() -> None:
     model = tiny()
     model.lm_head.weight.data[5] = torch.nan
     with pytest.raises(clha.InputError, match="nan nats"):
-        clha.check_policy(clha.Policy(model), CHECKED, "float32")
+        clha.check_policy(clha.Policy(model), CHECKED, 25, "float32")
 
 
 # A step made of packs

@@ -626,7 +626,7 @@ def test_a_chat_model_is_told_that_its_template_is_not_used(
     )
     model = str(tmp_path / "model")
     clha.train(small(world, data, tmp_path / "run", model=model, max_steps=1, save_every=1))
-    assert "warning dialogues are HH-RLHF's text: no chat template is used" in capsys.readouterr().out
+    assert "warning the chat template is not used: dialogues are HH text" in capsys.readouterr().out
     for name in ("step-1", "final"):  # other programs would serve it in a format that it never saw
         assert not AutoTokenizer.from_pretrained(tmp_path / "run" / name).chat_template
 

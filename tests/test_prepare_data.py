@@ -509,6 +509,34 @@ def test_rows_that_cannot_be_used_are_counted_and_named(
         ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
     ],
 )
+def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "prompt": [user("Tea?")],
+        "responses": ["No", "Yes"],
+        "rewards": [1.0, 2.0],
+        "chosen": 0,
+        "id": "a",
+    }
+    (tmp_path / "records.jsonl").write_text(json.dumps(row) + "\n")
+    assert convert(monkeypatch, tmp_path / "records.jsonl", tmp_path / "a.jsonl") == [row]
+    columns = {f"response_{i}": f"text {i}" for i in range(12)} | {
+        f"response_{i}_reward": i for i in range(12)
+    }
+    (tmp_path / "columns.jsonl").write_text(json.dumps(columns | {"prompt": "Tea?"}) + "\n")
+    [record] = convert(monkeypatch, tmp_path / "columns.jsonl", tmp_path / "b.jsonl")
+    assert record["responses"] == [f"text {i}" for i in range(12)] and record["rewards"] == list(range(12))
+    rated = FORMATS["completions"][0]
+    tie = rated | {"completions": [rated["completions"][1]] * 2}
+    none = rated | {"completions": [{"response": "a", "overall_score": None}] * 2}
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (rated, tie, none)))
+    assert len(convert(monkeypatch, tmp_path / "rated.jsonl", tmp_path / "c.jsonl")) == 1
+    printed = capsys.readouterr().out
+    assert "left out 1: a tie, or no rating (first: row 2)" in printed
+    assert "left out 1: values are missing (first: row 3)" in printed
+
+
 def test_data_of_no_format_are_refused_in_a_line(
     rows: list[dict[str, Any]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,9 +249,27 @@ def test_architectures_that_packs_would_score_wrongly_are_refused(
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = reward.load_reward_model(str(tmp_path))
-    with pytest.raises(InputError, match=f"^{settings['model_type']}: not supported") as caught:
+    with pytest.raises(
+        InputError, match=f"^{settings['model_type']}: (not supported|a text is longer)"
+    ) as caught:
         model.score(*shuffled_responses(6))
     assert "\n" not in str(caught.value)
+
+
+def test_one_text_longer_than_the_window_is_refused_whatever_the_others_are(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 2, "sliding_window": 64, "num_labels": 1}
+    config = AutoConfig.for_model("mistral", vocab_size=len(tokenizer), **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = reward.load_reward_model(str(tmp_path))
+    ids = list(range(5, 55))
+    group = [[*ids, token] for token in range(60, 65)]  # together longer than the one text
+    assert len(model.score_ids(group, [[0, 1, 2, 3, 4]])) == 5
+    with pytest.raises(InputError, match="mistral: a text is longer than its sliding_window, 64"):
+        model.score_ids([*group, ids + ids], [[0, 1, 2, 3, 4], [5]])
 
 
 def with_template(classifier: Path, folder: Path, template: str) -> Path:
