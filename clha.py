@@ -1001,6 +1001,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()  # fails for half a character, a lone surrogate
                 if not isinstance(row, dict):
@@ -1026,8 +1028,8 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
         return '"responses" must be a list of two or more texts, none of them empty'
     if type(chosen) is not int or not 0 <= chosen < len(responses):
         return f'"chosen" must be the index of a response, 0 to {len(responses) - 1}'
-    if not all(isinstance(record.get(name, ""), str) for name in ("id", "subset")):
-        return '"id" and "subset" must be texts'
+    if not isinstance(record.get("id", ""), str | int) or not isinstance(record.get("subset", ""), str):
+        return '"id" must be a text or an integer, and "subset" a text'
     for name in {*need} - record.keys():
         return f'no "{name}"' + "; `python reward.py score` adds them" * (name == "rewards")
     for name in {"rewards", *need} & record.keys() - {"chosen"}:
@@ -1040,7 +1042,7 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
 
 def is_text(value: Any) -> bool:
     """Whether this is a text that is not empty."""
-    return isinstance(value, str) and not value.isspace() and value != ""
+    return isinstance(value, str) and value.strip() != ""
 
 
 def is_turn(turn: Any) -> bool:
@@ -1058,7 +1060,7 @@ def iter_records(path: str | Path, need: Iterable[str] = ()) -> Iterator[Record]
             wrong += "; `python prepare_data.py preference` converts other data"
         if wrong:
             raise InputError(f"{path}, line {number}: {wrong}")
-        yield {"id": f"line {number}"} | record
+        yield record | {"id": str(record.get("id", f"line {number}"))}
     if number == 0:
         raise InputError(f"{path}: no records in it")
 

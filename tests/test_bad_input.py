@@ -65,7 +65,7 @@ def refused(
     ("name", "content", "message"),
     [
         ("data.jsonl", LINE + b"{'a': 1}\n", "data.jsonl, line 2: not JSON lines in UTF-8"),
-        ("data.jsonl", LINE + b"\n" + LINE, "data.jsonl, line 2: not JSON lines"),
+        ("data.jsonl", b" \n\n", "data.jsonl: no records in it"),
         ("data.jsonl", LINE + LINE[:20], "data.jsonl, line 2: not JSON lines"),
         (
             "data.jsonl",
@@ -132,8 +132,8 @@ def test_files(tmp_path: Path, refused: Any, name: str, content: Any, message: s
         ({"chosen": 2}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": -1}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": True}, '"chosen" must be the index of a response, 0 to 1'),
-        ({"id": 5}, '"id" and "subset" must be texts'),
-        ({"subset": ["a"]}, '"id" and "subset" must be texts'),
+        ({"id": ["a"]}, '"id" must be a text or an integer, and "subset" a text'),
+        ({"subset": ["a"]}, '"id" must be a text or an integer, and "subset" a text'),
         ({"rewards": None}, '"rewards" must be 2 finite numbers'),
         ({"rewards": "high"}, '"rewards" must be 2 finite numbers, one per response'),
         ({"rewards": [1.0]}, '"rewards" must be 2 finite numbers'),

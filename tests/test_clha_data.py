@@ -108,6 +108,9 @@ def test_a_record_without_id_is_named_by_its_line(tmp_path: Path) -> None:
     anonymous = {name: value for name, value in GOOD.items() if name != "id"}
     path = write(tmp_path / "data.jsonl", GOOD, anonymous)
     assert [record["id"] for record in clha.iter_records(path)] == ["a", "line 2"]
+    with open(path, "a") as file:
+        print("", json.dumps(GOOD | {"id": 7}), " ", sep="\n", file=file)  # blank lines are no records
+    assert [record["id"] for record in clha.iter_records(path)] == ["a", "line 2", "7"]
 
 
 def test_only_what_is_needed_must_be_there() -> None:

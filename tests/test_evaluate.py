@@ -777,7 +777,7 @@ SCORE = "score --data {data} --reward_model {rm} --out {out} --responses"
         ("generate --model {folder} --data {data} --out {out}", "/folder: "),
         ("generate --model {policy} --data {twins} --out {out}", "two records have the id item-0"),
         ("generate --model {policy} --data {nowhere} --out {out}", "nowhere"),
-        ("requests --model m --data {number} --out {out}", '"id" and "subset" must be texts'),
+        ("requests --model m --data {number} --out {out}", '"id" must be a text or an integer'),
         ("requests --model m --data {twins} --out {out}", "two records have the id item-0"),
         ("requests --model m --data {data} --out {folder}", "folder: is a folder"),
         (f"{SCORE} {{data}}", 'line 1: needs "id" and "response"'),
@@ -813,7 +813,7 @@ def test_wrong_input(
     for name in names:
         paths[name.removesuffix(".jsonl")] = tmp_path / name
     reward.write_jsonl(paths["twins"], make_records(1) * 2)
-    reward.write_jsonl(paths["number"], [make_records(1)[0] | {"id": 7}])
+    reward.write_jsonl(paths["number"], [make_records(1)[0] | {"id": [7]}])
     reward.write_jsonl(paths["good"], [{"id": record["id"], "response": "x"} for record in make_records()])
     huge = '{"Total": {"n": 2, "reward": {"mean": ' + "9" * 400 + ', "interval": [1, 2]}}}'
     texts = {"torn": "{", "no_total": "{}", "texts": '{"Total": {"n": "x"}}', "huge": huge}

@@ -498,17 +498,6 @@ def test_rows_that_cannot_be_used_are_counted_and_named(
     assert not (tmp_path / "strict.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            [{"question": "Tea?", "answer": "Yes"}],
-            "has the columns question, answer, of no format known here",
-        ),
-        ([{"prompt": "Tea?", "chosen": "Yes", "rejected": "Yes"}], "none of its 1 rows can be used"),
-        ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
-    ],
-)
 def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -537,6 +526,17 @@ def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
     assert "left out 1: values are missing (first: row 3)" in printed
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"question": "Tea?", "answer": "Yes"}],
+            "has the columns question, answer, of no format known here",
+        ),
+        ([{"prompt": "Tea?", "chosen": "Yes", "rejected": "Yes"}], "none of its 1 rows can be used"),
+        ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
+    ],
+)
 def test_data_of_no_format_are_refused_in_a_line(
     rows: list[dict[str, Any]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
