@@ -872,6 +872,7 @@ def take_steps(
     bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
     for step, indices in enumerate(bar, done + 1):
         start = time.perf_counter()
+        last = step == len(order)
         torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
         batch = examples.select(indices).to_list()
         metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
@@ -886,7 +887,7 @@ def take_steps(
         seconds = time.perf_counter() - start
         metrics["tokens_per_second"] = sum(sizes[i] for i in indices) / seconds
         schedule.step()
-        if dev_examples and (step % config.eval_every == 0 or step == len(order)):
+        if dev_examples and (step % config.eval_every == 0 or last):
             dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
             metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
             policy.train()
@@ -897,7 +898,9 @@ def take_steps(
             with log.open("a") as file:
                 print(json.dumps({"step": step} | row), file=file)
             bar.set_postfix(loss=metrics["loss"])
-        if skipped == MAX_SKIPPED or (skipped and step == len(order) and not optimizer.state):
+            if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
+                print(f"step    {step:,} of {len(order):,}, loss {metrics['loss']:.4f}", flush=True)
+        if skipped == MAX_SKIPPED or (skipped and last and not optimizer.state):
             raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
         if config.save_every and step % config.save_every == 0:
             save_model(policy, tokenizer, output / f"step-{step}", config)
@@ -907,7 +910,7 @@ def take_steps(
         if optimizer.state and (due or stop):
             path = output / "checkpoints" / f"step-{step}"
             save_checkpoint(path, state_tensors(policy, optimizer), identity)
-        if stop and step < len(order):
+        if stop and not last:
             if process == 0:
                 print(f"stopped after step {step}; the same command resumes", flush=True)
             raise SystemExit(128 + int(stop))  # as if the signal had ended it

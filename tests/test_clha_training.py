@@ -468,6 +468,7 @@ def test_the_file_alone_trains_with_torchrun(
         [*command, *flags.split()], cwd=alone, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
+    assert "step    5 of 5, loss " in ended.stdout  # there is no terminal
     assert "24 queries" in ended.stdout and "alpha 0.05" in ended.stdout and "steps 1 to 5" in ended.stdout
     assert ended.stdout.count("done    out/final") == 1  # the first process speaks alone
     assert_same_run(alone / "out", one_process, world / "init")
