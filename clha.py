@@ -947,7 +947,7 @@ def reason(error: BaseException) -> str:
     """What an error says, in one line; of several that processes met in a checkpoint, the first."""
     if isinstance(error, dcp.CheckpointException):
         error, _ = next(iter(error.failures.values()))
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:600]
 
 
 def on_first_process(work: Callable[[], Any]) -> Any:
