@@ -174,9 +174,7 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
     response_ids = []
     for i, ids in enumerate(whole_texts):
         if ids[: len(whole_prompt)] != whole_prompt or len(ids) == len(whole_prompt):
-            raise InputError(
-                f"{record['id']}: the tokenizer merges the prompt with response {i}, or empties it"
-            )
+            raise InputError(f"{record['id']}: the tokenizer merges prompt and response {i}, or empties it")
         response = [*ids[len(whole_prompt) :], tokenizer.eos_token_id]
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
@@ -246,17 +244,13 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
     tensor = partial(torch.tensor, device=device)
     make_mask = flex_mask if length else query_masks
     mask = make_mask(tensor(query), tensor(response))
-    lists = {name for name, value in examples[0].items() if isinstance(value, list)}
-    names = lists - {"prompt_ids", "response_ids"}
-    values = {name: response_values(examples, name).to(device) for name in names}
+    values = {}  # such as rewards
+    for name, value in examples[0].items():
+        if isinstance(value, list) and name not in ("prompt_ids", "response_ids"):
+            rows = [tensor(example[name], dtype=torch.float32) for example in examples]
+            values[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
     row = (tensor([ids]), tensor([position]), mask, tensor(targets), tensor(sources), tensor(owners))
     return Pack(*row, lengths.to(device), values)
-
-
-def response_values(examples: Iterable[Example], name: str) -> Tensor:
-    """Numbers per response, such as rewards, as (B, l); NaN where a query has fewer than l."""
-    rows = [torch.tensor(example[name], dtype=torch.float32) for example in examples]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
 def query_masks(query: Tensor, response: Tensor) -> list[Tensor]:
@@ -335,12 +329,11 @@ class Policy(nn.Module):
         """
         hidden = hidden_states(self.model.base_model, pack)[pack.sources]  # (M, d)
         rows = max(1, MAX_LOGITS // self.model.get_output_embeddings().weight.shape[0])
-        if len(hidden) <= rows:
-            token_logps = self.token_logps(hidden, pack.targets)  # (M,)
-        else:
-            chunks = zip(hidden.split(rows), pack.targets.split(rows), strict=True)
-            parts = [checkpoint(self.token_logps, *chunk, use_reentrant=False) for chunk in chunks]
-            token_logps = torch.cat(parts)
+        run = self.token_logps
+        if len(hidden) > rows:
+            run = partial(checkpoint, self.token_logps, use_reentrant=False)
+        chunks = zip(hidden.split(rows), pack.targets.split(rows), strict=True)
+        token_logps = torch.cat([run(*chunk) for chunk in chunks])  # (M,)
         sum_logps = token_logps.new_zeros(pack.lengths.numel()).index_add(0, pack.owners, token_logps)
         return sum_logps.view_as(pack.lengths).clone()  # FSDP hooks onto outputs, which must not be views
 
@@ -438,9 +431,8 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
 
 def load(kind: Any, path: str, **settings: Any) -> Any:
     """kind.from_pretrained of a folder or hub name. Raises InputError if it fails, or for missing weights."""
-    is_folder = (Path(path) / "config.json").is_file()
     hub_name = path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
-    if not hub_name and not is_folder:
+    if not hub_name and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: neither a model folder with a config.json nor a hub name (owner/name)")
     try:
         loaded = kind.from_pretrained(path, trust_remote_code=False, **settings)
@@ -1027,7 +1019,8 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
         return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
     if turns[-1]["role"] == "assistant":
         return '"prompt" must not end with an assistant turn, which is for the responses'
-    if not isinstance(responses, list) or len(responses) < 2 or not all(map(is_text, responses)):
+    texts = isinstance(responses, list) and all(isinstance(text, str) and text.strip() for text in responses)
+    if not texts or len(responses) < 2:
         return '"responses" must be a list of two or more texts, none of them empty'
     if type(chosen) is not int or not 0 <= chosen < len(responses):
         return f'"chosen" must be the index of a response, 0 to {len(responses) - 1}'
@@ -1041,11 +1034,6 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
         if finite != [True] * len(responses):
             return f'"{name}" must be {len(responses)} finite numbers, one per response'
     return None
-
-
-def is_text(value: Any) -> bool:
-    """Whether this is a text that is not empty."""
-    return isinstance(value, str) and value.strip() != ""
 
 
 def is_turn(turn: Any) -> bool:

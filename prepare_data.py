@@ -513,11 +513,7 @@ def main() -> None:
     preference.add_argument("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
     preference.add_argument("--split", default="train", help="of a data set on the hub, or of a folder")
     preference.add_argument("--out", required=True, help="the records, JSON lines")
-    preference.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first row that cannot be used",
-    )
+    preference.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     joining.set_defaults(run=join)
     joining.add_argument("--data", required=True, help="records to add responses to")
     joining.add_argument("--responses", required=True, help='JSON lines {"id", "response"}')

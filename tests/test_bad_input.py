@@ -389,7 +389,7 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
             "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
-        (normalizer_that_removes_all, "the tokenizer merges the prompt with response 0, or empties it"),
+        (normalizer_that_removes_all, "the tokenizer merges prompt and response 0, or empties it"),
         (
             remove("model.safetensors"),
             "model: cannot be loaded (OSError: Error no file named model.safetensors",
@@ -509,7 +509,6 @@ def test_a_lock_that_is_a_link_empties_no_file(world: Path, tmp_path: Path, refu
 
 
 def test_what_an_error_quotes_reaches_the_terminal_as_text(tmp_path: Path, refused: Any) -> None:
-    (tmp_path / "data.jsonl").write_bytes(LINE)
     record = json.loads(LINE.splitlines()[0]) | {"id": "\x1b]0;title\x07", "responses": ["a", "b"]}
     (tmp_path / "data.jsonl").write_text(json.dumps(record | {"rewards": [1.0, 2.0]}) + "\n")
 

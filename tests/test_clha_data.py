@@ -244,9 +244,7 @@ def test_a_tokenizer_that_merges_across_the_start_of_a_response_is_refused() -> 
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence([])
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(
-        InputError, match=r"^a: the tokenizer merges the prompt with response 0, or empties it$"
-    ):
+    with pytest.raises(InputError, match=r"^a: the tokenizer merges prompt and response 0, or empties it$"):
         clha.encode(GOOD, merging, WIDE)
 
 
