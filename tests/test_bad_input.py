@@ -171,6 +171,17 @@ def command(world: Path, tmp_path: Path) -> list[str]:
     return ["clha.py", *(word for name, path in paths.items() for word in (f"--{name}", str(path)))]
 
 
+@pytest.fixture
+def refused_flags(monkeypatch: pytest.MonkeyPatch, refused: Any, command: list[str]) -> Callable[[str], str]:
+    """The line with which clha.py refuses these flags."""
+
+    def run(flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
+        return refused(clha.main)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -215,15 +226,9 @@ def test_flags_that_cannot_be_read(
     ],
 )
 def test_flags_out_of_range(
-    monkeypatch: pytest.MonkeyPatch,
-    refused: Any,
-    tmp_path: Path,
-    command: list[str],
-    flags: str,
-    message: str,
+    refused_flags: Callable[[str], str], tmp_path: Path, flags: str, message: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [*command, "--batch_size", "1", "--max_steps", "1", *flags.split()])
-    assert message in refused(clha.main)
+    assert message in refused_flags(f"--batch_size 1 --max_steps 1 {flags}")
     assert not (tmp_path / "out").exists()
 
 
@@ -236,15 +241,9 @@ def test_flags_out_of_range(
     ],
 )
 def test_flags_that_do_not_go_with_the_data(
-    monkeypatch: pytest.MonkeyPatch,
-    refused: Any,
-    tmp_path: Path,
-    command: list[str],
-    flags: str,
-    message: str,
+    refused_flags: Callable[[str], str], tmp_path: Path, flags: str, message: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
-    assert message in refused(clha.main)
+    assert message in refused_flags(flags)
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock", "tokens"}
 
 
