@@ -11,29 +11,34 @@ Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The d
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
-The same command starts a run and resumes it; without torchrun it is one process, on a GPU or a CPU:
-
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
-out/final is a Hugging Face folder that transformers, vLLM and other engines load. A record is a JSON line:
+starts a run and resumes it; out/final is a Hugging Face folder. A record of train.jsonl is a JSON line:
 
     {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."], "rewards": [1.2, -0.3],
      "chosen": 0, "subset": "helpful-base", "id": "..."}
 """
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "transformers>=5.17,<6", "datasets>=4", "filelock", "xxhash", "tqdm"]
+# ///
 
 import gzip
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -53,14 +58,15 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Configuration. Every field is a flag of the command line: its name, its default, and the reason for it.
-#    transformers' HfArgumentParser makes the flags, which adds no dependency.
+# 1. Configuration -------------------------------------------------------------------------------------------
+# Every field is a flag of the command line: its name, its default, and the reason for it. The flags are made
+# by transformers' HfArgumentParser, which adds no dependency.
 
 
 def option(default: Any, help: str) -> Any:
@@ -80,18 +86,19 @@ class Config:
     # The paper gives neither; ours were chosen on the toy world.
     margin: float = option(0.3, "of Eq. 6, in nats per token")
     min_reward_gap: float = option(0.5, "a pair trains if its rewards differ by more than this: k of Eq. 5")
-    gate: bool = option(
-        True, "lambda of Eq. 7; without it every best response is imitated, whatever its reward"
-    )
+    gate: bool = option(True, "lambda of Eq. 7; without it every best response is imitated")
     alpha: float | None = option(None, "of Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
     # Tokens
+    template: str = option("auto", "auto: the model's chat template, if it has one; hh; or a Jinja file")
+    template_args: str = option("", "what the template is given, such as enable_thinking=false")
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
     max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
     # Optimization
-    learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
-    lr_schedule: Literal["constant_with_warmup", "cosine"] = option(
-        "constant_with_warmup", "as in the release"
+    lora_rank: int = option(
+        0, "train adapters of this rank on all linear layers alone (LoRA, Hugging Face peft)"
     )
+    learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
+    lr_schedule: Literal["constant_with_warmup", "cosine"] = option("constant_with_warmup", "as released")
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
     epochs: float = option(2.0, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
@@ -109,11 +116,12 @@ class Config:
     eval_every: int = option(100, "steps between evaluations on --dev_data")
     save_every: int = option(0, "steps between model folders OUTPUT_DIR/step-N (release: 600); 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints to resume from; 0: only when stopped")
+    tracker: Literal["", "wandb", "trackio", "mlflow", "tensorboard"] = option("", "gets the metrics too")
     deterministic: bool = option(False, "on a GPU, only kernels that repeat their bits; slower")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Records: one query per JSON line, a prompt with two or more responses (section 10 reads and checks them)
+# 2. Records -------------------------------------------------------------------------------------------------
+# One query per JSON line: a prompt with two or more responses (section 10 reads and checks them)
 
 Record = dict[str, Any]
 Turn = dict[str, str]
@@ -135,21 +143,58 @@ def rank(record: Record) -> Record:
     return ranked | {"chosen": order.index(record.get("chosen", 0))}
 
 
-def render(prompt: list[Turn]) -> str:
-    """The text of a dialogue as in HH-RLHF, up to the response: "\\n\\nHuman: ...\\n\\nAssistant:"."""
-    turns = [f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in prompt]
-    return "".join(turns) + "\n\nAssistant:"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Tokens: a record as ids (section 9 does this for a whole file, once, and keeps the result on disk)
+# 3. Tokens --------------------------------------------------------------------------------------------------
+# A dialogue as ids, in the chat template of the model or as in HH-RLHF (section 9 does this for a whole file)
 
 Example = dict[str, Any]  # what `encode` returns, and numbers per response by name, such as "rewards"
 
 
-def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of some texts; "</s>" in a text is plain text there, not EOS."""
-    return tokenizer(texts, split_special_tokens=True, truncation=False, padding=False).input_ids
+def render(turns: list[Turn]) -> str:
+    """The text of a dialogue as in HH-RLHF; where a response is to follow, it ends in "\\n\\nAssistant:"."""
+    text = "".join(f"\n\n{ROLES[turn['role']]}: {turn['content']}" for turn in turns)
+    return text if turns[-1]["role"] == "assistant" else f"{text}\n\nAssistant:"
+
+
+MARK = "\ufdd0"  # a noncharacter: no text has it
+
+
+def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
+    """A dialogue in the tokenizer's chat template, or as HH-RLHF text with EOS at its end, as ids."""
+    ended = turns[-1]["role"] == "assistant"  # else a response is to follow
+    ids_of = partial(tokenizer, truncation=False, padding=False)  # whatever it was saved with
+    if not tokenizer.chat_template:
+        return ids_of(render(turns), split_special_tokens=True).input_ids + [tokenizer.eos_token_id] * ended
+    special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
+    # A mark between its characters keeps what someone typed from being a special token.
+    split = partial(re.sub, special, lambda found: MARK.join(found[0]))
+    marked = [turn | {"content": split(turn["content"])} for turn in turns]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not ended)
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise InputError(f"the chat template does not take {turns[:2]} ({reason(error)})") from error
+    ids: list[int] = []
+    for part in re.split(f"({special})", text) if MARK in text else [text]:
+        plain = part.replace(MARK, "")
+        ids += ids_of(plain, add_special_tokens=False, split_special_tokens=MARK in part).input_ids
+    return ids
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens of a tokenizer by their ids, those that end turns among them."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {tokenizer.eos_token_id: tokenizer.eos_token} | {
+        i: str(token) for i, token in added if token.special
+    }
+
+
+def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
+    """A chat's newest turns of at most `limit` ids, and its system turn; [] if none fit. HH text is kept."""
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    for kept in [turns, *(system + turns[i:] for i in users[1:])]:
+        if not tokenizer.chat_template or len(dialogue_ids(kept, tokenizer)) <= limit:
+            return kept
+    return []
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
@@ -160,30 +205,37 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
     return kept
 
 
-def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example:
-    """A record as `prompt_ids` and `response_ids`, each ended by EOS where it is not cut.
+def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | None:
+    """A record as `prompt_ids` and `response_ids`; None if the last turn of a chat alone is too long.
 
-    Raises InputError where a tokenizer merges across the start of a response, which then has no log-prob of
-    its own, or makes nothing of a response.
+    Raises InputError for a response without ids, or without a log-prob of its own.
     """
-    prompt = render(record["prompt"])
-    texts = [prompt, *(f"{prompt} {response}" for response in record["responses"])]
-    whole_prompt, *whole_texts = token_ids(tokenizer, texts)
+    turns = recent_turns(record["prompt"], tokenizer, config.max_prompt_length)
+    if not turns:
+        return None
+    whole_prompt = dialogue_ids(turns, tokenizer)
     prompt_ids = cut_prompt(whole_prompt, config.max_prompt_length, tokenizer.bos_token_id)
     room = config.max_length - len(prompt_ids)
+    ends = {tokenizer.eos_token_id, *special_tokens(tokenizer)}
     response_ids = []
-    for i, ids in enumerate(whole_texts):
-        if ids[: len(whole_prompt)] != whole_prompt or len(ids) == len(whole_prompt):
-            raise InputError(f"{record['id']}: the tokenizer merges prompt and response {i}, or empties it")
-        response = [*ids[len(whole_prompt) :], tokenizer.eos_token_id]
+    for i, text in enumerate(record["responses"]):
+        ids = dialogue_ids([*turns, {"role": "assistant", "content": text}], tokenizer)
+        response = ids[len(whole_prompt) :]
+        while response and response[-1] not in ends:  # templates add a line break after the end
+            response.pop()
+        if ids[: len(whole_prompt)] != whole_prompt or len(response) < 2:
+            wrong = (
+                "does not follow the prompt's own tokens, or has no tokens, or no end (see --template_args)"
+            )
+            raise InputError(f"{record['id']}: response {i} {wrong}")
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
     size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record["id"]} | size
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Packs: several queries in one row, without padding; each prompt stands once for all its responses.
+# 4. Packs ---------------------------------------------------------------------------------------------------
+# Several queries in one row, without padding; each prompt stands once for all its responses.
 #
 #     ids       <s> P  P  P  a  a  </s>  b  b  b  </s>  |  <s> Q  Q  c  </s>  d  d  </s>
 #     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
@@ -210,47 +262,33 @@ class Pack:
 
 def pack(examples: list[Example], device: torch.device | str = "cpu", length: int = 0) -> Pack:
     """Examples as one Pack; for flex it is filled to `length` tokens, and the filling counts nowhere."""
-    ids: list[int] = []
-    position: list[int] = []
-    response: list[int] = []  # per token: the index of its response, -1 for the prompt
-    query: list[int] = []  # per token: the index of its query
+    rows: list[tuple[int, int, int, int]] = []  # of each token: id, position, response or -1, query
+    targets: list[int] = []
     sources: list[int] = []
     owners: list[int] = []
     width = max(len(example["response_ids"]) for example in examples)  # l
-    lengths = torch.zeros(len(examples), width, dtype=torch.long)
     for b, example in enumerate(examples):
         prompt = example["prompt_ids"]
-        ids += prompt
-        position += range(len(prompt))
-        response += [-1] * len(prompt)
-        prompt_end = len(ids) - 1  # predicts the first token of every response
-        for i, tokens in enumerate(example["response_ids"]):
-            start = len(ids)
-            sources += [prompt_end, *range(start, start + len(tokens) - 1)]
-            owners += [b * width + i] * len(tokens)
-            lengths[b, i] = len(tokens)
-            ids += tokens
-            position += range(len(prompt), len(prompt) + len(tokens))
-            response += [i] * len(tokens)
-        query += [b] * (len(ids) - len(query))
-    targets = [token for token, i in zip(ids, response, strict=True) if i >= 0]
-    if length:
-        filling = length - len(ids)
-        ids += ids[:1] * filling
-        position += [0] * filling
-        response += [-1] * filling
-        query += [len(examples)] * filling
+        rows += [(token, position, -1, b) for position, token in enumerate(prompt)]
+        prompt_end = len(rows) - 1  # predicts the first token of every response
+        for i, response in enumerate(example["response_ids"]):
+            targets += response
+            sources += [prompt_end, *range(len(rows), len(rows) + len(response) - 1)]
+            owners += [b * width + i] * len(response)
+            rows += [(token, position, i, b) for position, token in enumerate(response, len(prompt))]
+    rows += [(rows[0][0], 0, -1, len(examples))] * (length - len(rows))
 
     tensor = partial(torch.tensor, device=device)
-    make_mask = flex_mask if length else query_masks
-    mask = make_mask(tensor(query), tensor(response))
+    ids, position, response, query = tensor(rows).T.contiguous()
+    mask = flex_mask(query, response) if length else query_masks(query, response)
+    lengths = tensor(owners).bincount(minlength=len(examples) * width).view(-1, width)
     values = {}  # such as rewards
     for name, value in examples[0].items():
         if isinstance(value, list) and name not in ("prompt_ids", "response_ids"):
-            rows = [tensor(example[name], dtype=torch.float32) for example in examples]
-            values[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
-    row = (tensor([ids]), tensor([position]), mask, tensor(targets), tensor(sources), tensor(owners))
-    return Pack(*row, lengths.to(device), values)
+            numbers = [tensor(example[name], dtype=torch.float32) for example in examples]
+            values[name] = nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=math.nan)
+    indices = (tensor(targets), tensor(sources), tensor(owners))
+    return Pack(ids[None], position[None], mask, *indices, lengths, values)
 
 
 def query_masks(query: Tensor, response: Tensor) -> list[Tensor]:
@@ -269,8 +307,8 @@ def flex_mask(query: Tensor, response: Tensor) -> BlockMask:
     return create_block_mask(may_see, None, None, len(query), len(query), device=query.device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Log-probabilities of the responses, by any Hugging Face decoder that obeys the mask (section 7 checks it)
+# 5. Log-probabilities ---------------------------------------------------------------------------------------
+# Of the responses, by any Hugging Face decoder that obeys the mask (section 7 checks it)
 
 
 def pack_attention(
@@ -322,11 +360,9 @@ class Policy(nn.Module):
         return -F.cross_entropy(logits.float(), targets, reduction="none")
 
     def forward(self, pack: Pack) -> Tensor:
-        """Summed log-probability of each response, EOS included: (B, l), 0 where a query has fewer than l.
-
-        The LM head runs on the M positions that predict a response token, not on all N. Where their logits
-        are too many to hold, it runs in chunks, and recomputes their logits in the backward pass.
-        """
+        """Summed log-probability of each response, EOS included: (B, l), 0 where a query has fewer than l."""
+        # The LM head runs on the M positions that predict a response token, not on all N. Where their logits
+        # are too many to hold, it runs in chunks, and recomputes their logits in the backward pass.
         hidden = hidden_states(self.model.base_model, pack)[pack.sources]  # (M, d)
         rows = max(1, MAX_LOGITS // self.model.get_output_embeddings().weight.shape[0])
         run = self.token_logps
@@ -346,9 +382,9 @@ class Policy(nn.Module):
         return -F.cross_entropy(logits[start - 1 : -1].float(), ids[0, start:], reduction="sum")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Rescoring and the losses, pure functions of (B, l) log-probs and rewards. The responses of a query stand
-#    best first; a query with fewer than l has NaN rewards in the places left over.
+# 6. Rescoring and the losses --------------------------------------------------------------------------------
+# Pure functions of (B, l) log-probs and rewards. The responses of a query stand best first; a query with
+# fewer than l has NaN rewards in the places left over.
 
 
 def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
@@ -357,14 +393,10 @@ def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def rescore(rewards: Tensor, min_reward_gap: float, use_gate: bool = True) -> tuple[Tensor, Tensor]:
-    """Section 2.1: which pairs, keep (B, l, l), and which queries, gate (B,), train, by rewards (B, l).
-
-    keep, 1 - k of Eq. 5, is True for i < j with |r_i - r_j| > min_reward_gap, strictly; gate, 1 - lambda of
-    Eq. 7, where the best response has a reward above zero.
-    """
+    """Section 2.1, which pairs and which queries train: rewards (B, l) -> keep (B, l, l), gate (B,), bool."""
     gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
-    keep = (gap > min_reward_gap).triu(1)  # never with NaN
-    gate = (rewards[:, 0] > 0) | (not use_gate)
+    keep = (gap > min_reward_gap).triu(1)  # 1 - k of Eq. 5, for i < j; never with NaN
+    gate = (rewards[:, 0] > 0) | (not use_gate)  # 1 - lambda of Eq. 7
     return keep, gate
 
 
@@ -394,10 +426,8 @@ def clha_loss(
     alpha: float,
     gate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 7: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, scalars, all means over B queries.
-
-    Both terms are divided by B and by nothing else: neither by the kept pairs nor by the open gates.
-    """
+    """Eq. 7: avg_logps, sum_logps, rewards (B, l) -> the loss and metrics, scalars, means over B queries."""
+    # Both terms are divided by B and by nothing else: neither by the kept pairs nor by the open gates.
     keep, gates = rescore(rewards, min_reward_gap, gate)
     rank_loss = pairwise_margin_loss(avg_logps, keep, margin).mean()
     sft_loss = gated_sft_loss(sum_logps, gates).mean()
@@ -425,8 +455,8 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. The model: read once, sharded over the processes (FSDP2), saved as a Hugging Face folder
+# 7. The model -----------------------------------------------------------------------------------------------
+# Read once, sharded over the processes (FSDP2), saved as a Hugging Face folder
 
 
 def load(kind: Any, path: str, **settings: Any) -> Any:
@@ -445,8 +475,12 @@ def load(kind: Any, path: str, **settings: Any) -> Any:
     return model
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a model. Raises InputError if it has no EOS, goes wrong, or does not fit the model."""
+def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -> Tokenizer:
+    """The tokenizer of a model, in the template that `Config` names. Raises InputError if it goes wrong."""
+    if (Path(path) / "adapter_config.json").is_file():
+        raise InputError(
+            f"{path}: holds LoRA adapters; `python evaluate.py merge` makes a whole model of them"
+        )
     tokenizer = load(transformers.AutoTokenizer, path)
     known = getattr(load(transformers.AutoConfig, path).get_text_config(), "vocab_size", math.inf)
     if tokenizer.eos_token_id is None or max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
@@ -454,7 +488,24 @@ def load_tokenizer(path: str) -> Tokenizer:
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         # transformers 5 makes such a tokenizer of a bare tokenizer.model, with wrong merges too
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+    if template != "auto":
+        tokenizer.chat_template = None if template == "hh" else Path(template).read_text(encoding="utf-8")
+    if template_args and tokenizer.chat_template:  # inside the template they go wherever it goes
+        tokenizer.chat_template = f"{{%- set {template_args} %}}{tokenizer.get_chat_template()}"
     return tokenizer
+
+
+def add_adapters(model: PreTrainedModel, config: Config) -> None:
+    """Adds LoRA adapters to a model if the settings say so; then they alone train."""
+    if config.lora_rank:
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise InputError("--lora_rank: needs Hugging Face's peft: pip install peft") from None
+        torch.manual_seed(config.seed)
+        model.add_adapter(
+            LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        )
 
 
 EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy chooses another for its packs
@@ -464,6 +515,10 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
     """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype."""
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(model_config, **EAGER))
+        add_adapters(policy.model, config)
+        for weight in policy.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.to(getattr(torch, config.dtype))
     mesh = None
     if config.replicate > 1:  # HSDP: each of N copies, such as one per machine, is sharded over its processes
         shape = (config.replicate, dist.get_world_size() // config.replicate)
@@ -491,10 +546,11 @@ def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
     digest = xxhash.xxh3_128(model_config.to_json_string().encode())
     if dist.get_rank() == 0:
         full = load(AutoModelForCausalLM, config.model, output_loading_info=True, **EAGER)
-        weights = full.state_dict()
-        for name in sorted(weights):
+        for name, weight in sorted(full.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weights[name].contiguous().numpy())
+            digest.update(weight.contiguous().numpy())
+        add_adapters(full, config)
+        weights = full.state_dict()
     policy = build_policy(model_config, config, device)
     broadcast = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(policy.model, weights, options=broadcast)
@@ -511,12 +567,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats per token; rounding makes
 
 
 def check_policy(policy: Policy, example: Example, longest: int, dtype: str, length: int = 0) -> None:
-    """Compares a query in a pack (of `length` tokens, if filled) with each of its responses alone.
-
-    These 1 + l forward passes reveal attention that reads past the mask or has parts of its own, layers that
-    carry a state from one response to the next, scaled logits, and NaN. Raises InputError for these, and for
-    a model that does not take the `longest` text, in tokens.
-    """
+    """Raises InputError for a model that gets packs wrong, or takes no text of `longest` tokens."""
+    # A query in a pack is compared with its responses alone, in 1 + l forward passes. They reveal attention
+    # that reads past the mask, layers that carry a state from response to response, scaled logits, and NaN.
     kind = policy.model.config.model_type
     for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
         most = getattr(policy.model.config.get_text_config(), name, None)
@@ -531,23 +584,22 @@ def check_policy(policy: Policy, example: Example, longest: int, dtype: str, len
         raise InputError(f"{kind}: not supported ({type(error).__name__}: {reason(error)})") from error
     policy.train()
     lengths = batch.lengths[0].clamp(min=16)  # in a few tokens rounding does not average out
-    difference = (packed - torch.stack(rows)) / lengths
-    off = difference.abs().max().item()
+    off = ((packed - torch.stack(rows)) / lengths).abs().max().item()
     if not off <= TOLERANCE[dtype]:
         raise InputError(f"{kind}: not supported: log-probs in a pack are {off:.2g} nats per token off")
 
 
 def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config) -> None:
     """Gathers the shards into a Hugging Face folder: weights in `config.dtype`, tokenizer, config."""
-    gather = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gather = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = dcp_state.get_model_state_dict(policy.model, options=gather)
     settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": "eager"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(policy.model.config, **settings)
+        add_adapters(model, config)
 
     def write() -> None:
-        if path.exists():  # saved before the run was killed, or the user's
-            print(f"kept    {path}, which was there")
+        if path.exists():  # saved before the run was killed
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
@@ -562,9 +614,9 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
     on_first_process(write)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Checkpoints: OUTPUT_DIR/checkpoints/step-N has all that the next step depends on, in sharded safetensors.
-#    A folder of that name is whole; the newest two are kept.
+# 8. Checkpoints ---------------------------------------------------------------------------------------------
+# OUTPUT_DIR/checkpoints/step-N has all that the next step depends on, in sharded safetensors. A folder of
+# that name is whole; the newest two are kept.
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -579,13 +631,14 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and AdamW's moments, by name."""
+def state_tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The weights that train, and AdamW's moments of them, by name."""
     state: dict[str, Tensor] = {}
     for name, weight in policy.model.named_parameters():
-        state[f"model.{name}"] = weight
-        for key, moment in optimizer.state[weight].items():
-            state[f"optimizer.{name}.{key}"] = moment
+        if weight.requires_grad:
+            state[f"model.{name}"] = weight
+            for key, moment in optimizer.state[weight].items():
+                state[f"optimizer.{name}.{key}"] = moment
     return state
 
 
@@ -610,25 +663,22 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
     on_first_process(publish)
 
 
-def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
+def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str, Any]) -> int:
     """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
 
     def check() -> None:
-        changes = []
         try:
             before = json.loads((path / "run.json").read_text())
-            for name, value in identity.items():
-                if before["run"].get(name) != value:
-                    changes.append(f"{name} {before['run'].get(name)} -> {value}")
-            for name, content in before["files"].items():
-                if file_hash(path / name) != content:
-                    raise ValueError(f"{name} has changed")
+            changes = [name for name, value in identity.items() if before["run"].get(name) != value]
+            told = ", ".join(f"{name} {before['run'].get(name)} -> {identity[name]}" for name in changes)
+            damaged = [name for name, content in before["files"].items() if file_hash(path / name) != content]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            wrong = f"damaged ({reason(error)}); remove it to resume from the one before"
-            raise InputError(f"{path}: {wrong}") from error
-        if changes:
-            wrong = f"of another run ({', '.join(changes)}); choose another --output_dir"
+            damaged = [reason(error)]
+        if damaged:
+            wrong = f"damaged ({', '.join(damaged)}); remove it to resume from the one before"
             raise InputError(f"{path}: {wrong}")
+        if told:
+            raise InputError(f"{path}: of another run ({told}); choose another --output_dir")
 
     on_first_process(check)
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
@@ -636,52 +686,47 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, identi
     return int(path.name[5:])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. Training
+# 9. Training ------------------------------------------------------------------------------------------------
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-Fields = tuple[str, ...]
 REWARDS = ("rewards",)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a run that gets one of them is saved
-MAX_PROBE = 4096  # tokens of a text that is compared: plain attention takes memory for their square
 MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
 FREE = {  # settings that may change when a run resumes: no step depends on them, but for rounding
     *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
-    *("pack_tokens", "activation_checkpointing", "replicate"),
+    *("pack_tokens", "activation_checkpointing", "replicate", "tracker"),
 }
 
 
 def load_examples(
-    path: str, tokenizer: Tokenizer, config: Config, fields: Fields = REWARDS, ranked: bool = True
+    path: str, tokenizer: Tokenizer, config: Config, fields: tuple[str, ...] = REWARDS, ranked: bool = True
 ) -> datasets.Dataset:
-    """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`.
-
-    They are tokenized once, and memory-mapped from disk. Raises InputError for a record that is wrong.
-    """
+    """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`."""
+    # One process tokenizes them, once, while the others wait for its lock; all map the result from disk.
     cache = config.token_cache or f"{config.output_dir}/tokens"
+    content = file_hash(path)
 
     def tokenize() -> Iterator[Example]:
+        left_out = 0
         for record in iter_records(path, fields):
             record = rank(record) if ranked else record
-            values = {name: list(map(float, record[name])) for name in fields}
-            yield encode(record, tokenizer, config) | values
-
-    def find_or_make() -> list[str]:
-        content = file_hash(path)
-        settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
-        name = datasets.fingerprint.Hasher.hash((content, file_hash(__file__), tokenizer, settings))
-        try:
-            examples = datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        except ValueError as error:
-            raise InputError(f"{cache}: damaged ({reason(error)}); it can be removed") from error
+            example = encode(record, tokenizer, config)
+            if example:
+                yield example | {name: [*map(float, record[name])] for name in fields}
+            left_out += not example
+        if left_out:
+            print(f"warning {path}: {left_out} queries left out, whose last turn is over --max_prompt_length")
         if file_hash(path) != content:
             raise InputError(f"{path}: changed while it was read")
-        return [file["filename"] for file in examples.cache_files]
 
-    files = on_first_process(find_or_make)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
+    name = datasets.fingerprint.Hasher.hash((content, file_hash(__file__), tokenizer, settings))
+    try:
+        return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    except ValueError as error:
+        raise InputError(f"{cache}: damaged ({reason(error)}); it can be removed") from error
 
 
 def check_rewards(rewards: list[list[float]], config: Config) -> None:
@@ -712,12 +757,9 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
 
 
 def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
-    """Spreads items of these sizes evenly over packs of at most `limit` tokens: the indices in each pack.
-
-    Each process gets as many packs, as those of a sharded model must; some may stay empty.
-    """
+    """Spreads items of these sizes evenly over packs of at most `limit` tokens: the indices in each pack."""
     limit = max(limit, *sizes)  # an item is not divided
-    number = math.ceil(sum(sizes) / limit / processes) * processes
+    number = math.ceil(sum(sizes) / limit / processes) * processes  # as many for each; some may stay empty
     while True:
         packs: list[list[int]] = [[] for _ in range(number)]
         loads = [0] * number
@@ -741,10 +783,7 @@ def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group
 def make_packs(
     examples: list[Example], device: torch.device, limit: int, fill: bool, group: int
 ) -> list[Pack]:
-    """This process's part of a batch of queries, as packs of at most `limit` tokens, or of as many (`fill`).
-
-    Each `group` of consecutive queries shares a pack, for a loss that needs them together.
-    """
+    """This process's part of a batch; each `group` of queries shares a pack, for a loss of them together."""
     groups = [examples[i : i + group] for i in range(0, len(examples), group)]
     sizes = [sum(example["size"] for example in members) for members in groups]
     packs = []
@@ -757,11 +796,9 @@ def make_packs(
 
 
 def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> dict[str, float]:
-    """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate.
-
-    The loss of a pack is a mean, and its weight is its share of the queries: so packs and processes can't
-    change the sum, which is the mean over the batch.
-    """
+    """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate."""
+    # The loss of a pack is a mean, and its weight is its share of the queries: so packs and processes cannot
+    # change the sum, which is the mean over the batch.
     totals: dict[str, Any] = {}
     for batch in packs:
         with torch.set_grad_enabled(train):
@@ -777,7 +814,11 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> 
 
 
 def train(
-    config: Config, loss_fn: Loss | None = None, fields: Fields = REWARDS, ranked: bool = True, group: int = 1
+    config: Config,
+    loss_fn: Loss | None = None,
+    fields: tuple[str, ...] = REWARDS,
+    ranked: bool = True,
+    group: int = 1,
 ) -> None:
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
@@ -785,153 +826,133 @@ def train(
     tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
     `load_examples`, `group` at `make_packs`. Raises InputError for settings, data or a model that are wrong.
     """
-    _, _, device = init_process()
+    process, processes, device = init_process()
     config = settle(config, device)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     output = Path(config.output_dir)
-    lock = filelock.FileLock(output / ".lock", timeout=0)
-    try:
-        on_first_process(partial(open_output, output, lock))
-        tokenizer = load_tokenizer(config.model)
-        if tokenizer.chat_template:
-            tokenizer.chat_template = None
-            on_first_process(lambda: print("warning the chat template is not used: dialogues are HH text"))
+    with claimed(output):
+        tokenizer = load_tokenizer(config.model, config.template, config.template_args)
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
         dev_examples = load_data(config.dev_data).to_list() if config.dev_data else []
+        counts = [len(ids) for ids in examples["response_ids"]]
         if config.alpha is None:
-            length = median_low(map(len, examples["response_ids"]))
-            config.alpha = 0.05 * (length - 1) ** 2  # Section 3.3
+            config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
         if loss_fn is None:
             on_first_process(lambda: check_rewards([*examples["rewards"]], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
-        policy = take_steps(config, tokenizer, examples, dev_examples, loss_fn, group)
+        order = data_order(len(examples), config)
+        sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
+        lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
+        limit = pack_limit(sizes, order, config.pack_tokens, group)
+        policy, model_hash = load_policy(config, device)
+        # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
+        dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
+        fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
+        packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
+        probe = examples[sorted(range(len(examples)), key=lambda i: lengths[i])[len(examples) // 2]]
+        check_policy(policy, probe, max(lengths), config.dtype, limit if fill else 0)
+        adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
+        optimizer = adamw(policy.parameters(), config.learning_rate)
+        schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
+        identity = {name: value for name, value in asdict(config).items() if name not in FREE}
+        identity["model"] = model_hash
+        identity["tokens"] = [file_hash(file["filename"]) for file in examples.cache_files]
+        newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
+        done = restore(newest[0], policy, optimizer, identity) if newest else 0
+        for _ in range(done):
+            schedule.step()
+        log = output / "metrics.jsonl"
+        if process == 0:
+            (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            log.with_suffix(".partial").write_text("".join(lines[:done]))
+            log.with_suffix(".partial").replace(log)
+            print(f"prompt  {tokenizer.decode(probe['prompt_ids'])!r}")
+            print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
+            size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries"
+            print(f"train   {size} of {median_low(counts)} responses (at most {max(counts)})")
+            print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
+            track = start_tracker(config)
+        signals: list[int] = []  # they wait for the end of a step
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: signals.append(number))
+        skipped = 0  # steps in a row
+        bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
+        for step, indices in enumerate(bar, done + 1):
+            start = time.perf_counter()
+            last = step == len(order)
+            torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
+            batch = examples.select(indices).to_list()
+            metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+            finite = math.isfinite(metrics["loss"] + norm)
+            skipped = 0 if finite else skipped + 1
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+            metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            metrics["epoch"] = step * config.batch_size / len(examples)
+            seconds = time.perf_counter() - start
+            metrics |= {"seconds": seconds, "tokens_per_second": sum(sizes[i] for i in indices) / seconds}
+            schedule.step()
+            if dev_examples and (step % config.eval_every == 0 or last):
+                dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
+                metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
+                policy.train()
+            if process == 0:
+                # JSON has no number for what is not finite: null
+                row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                row |= {} if finite else {"skipped": [example["id"] for example in batch]}
+                row |= {"time": datetime.now().isoformat(timespec="seconds")}
+                with log.open("a") as file:
+                    print(json.dumps({"step": step} | row), file=file)
+                track(metrics, step)
+                bar.set_postfix(loss=metrics["loss"])
+                if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
+                    rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+                    left = timedelta(seconds=round(seconds * (len(order) - step)))
+                    print(
+                        f"step    {step:,} of {len(order):,}, loss {metrics['loss']:.4f}, {rate}, {left} left"
+                    )
+            if skipped == MAX_SKIPPED or (skipped and last and not optimizer.state):
+                raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
+            if config.save_every and step % config.save_every == 0:
+                save_model(policy, tokenizer, output / f"step-{step}", config)
+            stop = torch.tensor(max(signals, default=0), device=device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
+            due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
+            if optimizer.state and (due or stop):
+                path = output / "checkpoints" / f"step-{step}"
+                save_checkpoint(path, state_tensors(policy, optimizer), identity)
+            if stop and not last:
+                if process == 0:
+                    print(f"stopped after step {step}; the same command resumes", flush=True)
+                raise SystemExit(128 + int(stop))  # as if the signal had ended it
         save_model(policy, tokenizer, output / "final", config)
         on_first_process(lambda: print(f"done    {output / 'final'} is a Hugging Face folder"))
-    finally:
-        lock.release()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
-def take_steps(
-    config: Config,
-    tokenizer: Tokenizer,
-    examples: datasets.Dataset,
-    dev_examples: list[Example],
-    loss_fn: Loss,
-    group: int,
-) -> Policy:
-    """Takes the steps that are left, saving checkpoints on the way; returns the policy."""
-    process, processes, device = init_process()
-    output = Path(config.output_dir)
-    order = data_order(len(examples), config)
-    sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
-    limit = pack_limit(sizes, order, config.pack_tokens, group)
-    policy, model_hash = load_policy(config, device)
-    # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
-    dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
-    fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
-    packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
-    lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
-    probe = max(range(len(examples)), key=lambda i: lengths[i] if lengths[i] <= MAX_PROBE else -lengths[i])
-    check_policy(policy, examples[probe], max(lengths), config.dtype, limit if fill else 0)
-    adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
-    optimizer = adamw(policy.parameters(), config.learning_rate)
-    schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
-    identity = {name: value for name, value in asdict(config).items() if name not in FREE}
-    tokens = [file_hash(file["filename"]) for file in examples.cache_files]
-    identity |= {"model": model_hash, "tokens": tokens}
-    newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
-    done = restore(newest[0], policy, optimizer, identity) if newest else 0
-    for _ in range(done):
-        schedule.step()
-    log = output / "metrics.jsonl"
-    if process == 0:
-        (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.with_suffix(".partial").write_text("".join(lines[:done]))
-        log.with_suffix(".partial").replace(log)
-        counts = [len(ids) for ids in examples["response_ids"]]
-        size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries"
-        print(f"train   {size} of {median_low(counts)} responses (at most {max(counts)})")
-        print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
-    signals: list[int] = []  # they wait for the end of a step
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: signals.append(number))
-    skipped = 0  # steps in a row
-    bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
-    for step, indices in enumerate(bar, done + 1):
-        start = time.perf_counter()
-        last = step == len(order)
-        torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
-        batch = examples.select(indices).to_list()
-        metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
-        finite = math.isfinite(metrics["loss"] + norm)
-        skipped = 0 if finite else skipped + 1
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
-        metrics["epoch"] = step * config.batch_size / len(examples)
-        seconds = time.perf_counter() - start
-        metrics["tokens_per_second"] = sum(sizes[i] for i in indices) / seconds
-        schedule.step()
-        if dev_examples and (step % config.eval_every == 0 or last):
-            dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
-            metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
-            policy.train()
-        if process == 0:
-            # JSON has no number for what is not finite: null
-            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            row |= {} if finite else {"skipped": [example["id"] for example in batch]}
-            with log.open("a") as file:
-                print(json.dumps({"step": step} | row), file=file)
-            bar.set_postfix(loss=metrics["loss"])
-            if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
-                print(f"step    {step:,} of {len(order):,}, loss {metrics['loss']:.4f}", flush=True)
-        if skipped == MAX_SKIPPED or (skipped and last and not optimizer.state):
-            raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
-        if config.save_every and step % config.save_every == 0:
-            save_model(policy, tokenizer, output / f"step-{step}", config)
-        stop = torch.tensor(max(signals, default=0), device=device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
-        due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
-        if optimizer.state and (due or stop):
-            path = output / "checkpoints" / f"step-{step}"
-            save_checkpoint(path, state_tensors(policy, optimizer), identity)
-        if stop and not last:
-            if process == 0:
-                print(f"stopped after step {step}; the same command resumes", flush=True)
-            raise SystemExit(128 + int(stop))  # as if the signal had ended it
-    return policy
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 10. Processes, files, and the command line
+# 10. Processes, files, and the command line -----------------------------------------------------------------
 
 
 def init_process() -> tuple[int, int, torch.device]:
     """Joins the processes that torchrun started, or makes a group of one: (rank, processes, device)."""
     env = os.environ
     cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
+    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    how: dict[str, Any] = {"timeout": timedelta(hours=1)}  # the others wait while rank 0 tokenizes
-    if "RANK" not in env:
-        how |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]:
-        # On one machine torchrun keeps its store when it restarts the processes, which would find stale
-        # addresses in it (pytorch/pytorch#135712): so each start has keys of its own.
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
-        how |= {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **how)
+        process, processes = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        store = next(dist.rendezvous("env://"))[0] if "RANK" in env else dist.HashStore()
+        if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE"):
+            # On one machine torchrun keeps its store when it restarts the processes, which would find stale
+            # addresses in it (pytorch/pytorch#135712): so each start has keys of its own.
+            store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        patience = timedelta(hours=1)  # the others wait while the first process saves a model
+        dist.init_process_group(backend, None, patience, processes, process, store)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -978,15 +999,54 @@ def settle(config: Config, device: torch.device) -> Config:
     return replace(config, dtype=dtype, pack_tokens=config.pack_tokens or (8192 if cuda else 1024))
 
 
-def open_output(output: Path, lock: filelock.FileLock) -> None:
-    """Makes the output folder this run's own. Raises InputError if it is another's, or finished."""
-    output.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Makes a folder this run's own, until the end. Raises InputError if it is another's, or finished."""
+    lock = filelock.FileLock(output / ".lock", timeout=0)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def claim() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"{output}: another program works in it; choose another --output_dir") from None
+        if (output / "final").exists():
+            raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(f"{output}: another program is at work in it; choose another --output_dir") from None
-    if (output / "final").exists():
-        raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+        on_first_process(claim)
+        yield
+    finally:
+        lock.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def start_tracker(config: Config) -> Callable[[dict[str, float], int], Any]:
+    """What sends the numbers of a step, and its number, to --tracker; nothing is sent unless it is given."""
+    try:
+        match config.tracker:
+            case "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(f"{config.output_dir}/tensorboard")
+                return lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]
+            case "mlflow":
+                import mlflow
+
+                mlflow.log_params(asdict(config))
+                return mlflow.log_metrics
+            case "wandb":
+                import wandb as tracker
+            case "trackio":
+                import trackio as tracker
+            case _:
+                return lambda metrics, step: None
+    except ImportError:
+        raise InputError(f"--tracker {config.tracker}: not installed; pip install {config.tracker}") from None
+    tracker.init(project="clha", name=Path(config.output_dir).name, config=asdict(config))
+    return lambda metrics, step: tracker.log(metrics, step=step)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
@@ -1012,18 +1072,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     """What is wrong with a record, or None; `need` names optional fields that must be there."""
-    turns = record.get("prompt")
-    responses = record.get("responses")
+    turns = record["prompt"] if isinstance(record.get("prompt"), list) else []
+    texts = record["responses"] if isinstance(record.get("responses"), list) else []
     chosen = record.get("chosen", 0)
-    if not isinstance(turns, list) or not turns or not all(map(is_turn, turns)):
+    fields = [turn if isinstance(turn, dict) else {} for turn in turns]
+    known = [str(turn.get("role")) in ROLES and isinstance(turn.get("content"), str) for turn in fields]
+    if not known or not all(known):
         return f'"prompt" must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}'
     if turns[-1]["role"] == "assistant":
         return '"prompt" must not end with an assistant turn, which is for the responses'
-    texts = isinstance(responses, list) and all(isinstance(text, str) and text.strip() for text in responses)
-    if not texts or len(responses) < 2:
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
         return '"responses" must be a list of two or more texts, none of them empty'
-    if type(chosen) is not int or not 0 <= chosen < len(responses):
-        return f'"chosen" must be the index of a response, 0 to {len(responses) - 1}'
+    if type(chosen) is not int or not 0 <= chosen < len(texts):
+        return f'"chosen" must be the index of a response, 0 to {len(texts) - 1}'
     if not isinstance(record.get("id", ""), str | int) or not isinstance(record.get("subset", ""), str):
         return '"id" must be a text or an integer, and "subset" a text'
     for name in {*need} - record.keys():
@@ -1031,15 +1092,9 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     for name in {"rewards", *need} & record.keys() - {"chosen"}:
         numbers = record[name] if isinstance(record[name], list) else []
         finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
-        if finite != [True] * len(responses):
-            return f'"{name}" must be {len(responses)} finite numbers, one per response'
+        if finite != [True] * len(texts):
+            return f'"{name}" must be {len(texts)} finite numbers, one per response'
     return None
-
-
-def is_turn(turn: Any) -> bool:
-    """Whether this is {"role": one of ROLES, "content": text}."""
-    fields = turn if isinstance(turn, dict) else {}
-    return str(fields.get("role")) in ROLES and isinstance(fields.get("content"), str)
 
 
 def iter_records(path: str | Path, need: Iterable[str] = ()) -> Iterator[Record]:

@@ -388,7 +388,7 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
             "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
-        (normalizer_that_removes_all, "the tokenizer merges prompt and response 0, or empties it"),
+        (normalizer_that_removes_all, "response 0 does not follow the prompt's own tokens, or has no tokens"),
         (
             remove("model.safetensors"),
             "model: cannot be loaded (OSError: Error no file named model.safetensors",
@@ -519,7 +519,7 @@ def test_what_an_error_quotes_reaches_the_terminal_as_text(tmp_path: Path, refus
 
 
 def test_a_folder_that_another_run_works_in(world: Path, tmp_path: Path, refused: Any) -> None:
-    message = f"program.py: {tmp_path}: another program is at work in it; choose another --output_dir\n"
+    message = f"program.py: {tmp_path}: another program works in it; choose another --output_dir\n"
     with filelock.FileLock(tmp_path / ".lock"):
         assert refused(lambda: clha.train(config(world, tmp_path))) == message
 

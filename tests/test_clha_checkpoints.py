@@ -391,7 +391,7 @@ def test_two_runs_do_not_share_a_folder(run_in: Callable[..., clha.Config], tmp_
     lock = filelock.FileLock(tmp_path / "run" / ".lock")
     (tmp_path / "run").mkdir()
     with lock:
-        fails(run, clha.InputError, "run: another program is at work in it; choose another --output_dir")
+        fails(run, clha.InputError, "run: another program works in it; choose another --output_dir")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
     refused = []
 

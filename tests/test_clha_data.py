@@ -181,19 +181,21 @@ def test_a_prompt_is_cut_from_the_left_and_keeps_its_bos(
     assert clha.cut_prompt(ids, 3, bos) == cut
 
 
-def test_many_texts_have_the_ids_that_each_has_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = ["\n\nHuman: Hi\n\nAssistant:", "a</s>b <s>", "", "tell me " * 99]
-    expected = [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
-    assert clha.token_ids(tokenizer, texts) == expected
-    for ids in expected:
-        assert ids[0] == tokenizer.bos_token_id
-        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:])
+@pytest.mark.parametrize("text", ["Hi", "a</s>b <s>", "", "tell me " * 99])
+def test_what_looks_like_a_special_token_is_none(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    turns = [{"role": "user", "content": text}]
+    ids = clha.dialogue_ids(turns, tokenizer)
+    assert ids == tokenizer(f"\n\nHuman: {text}\n\nAssistant:", split_special_tokens=True).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:])
+    answer = {"role": "assistant", "content": text}
+    assert clha.dialogue_ids([*turns, answer], tokenizer)[-1] == tokenizer.eos_token_id
 
 
 def test_what_a_tokenizer_was_saved_with_cuts_and_pads_nothing(
     toy: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    texts = ["tell me " * 20, "Hi"]
+    turns = [{"role": "user", "content": "tell me " * 20}]
     toy.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     saved = json.loads(path.read_text())
@@ -203,7 +205,7 @@ def test_what_a_tokenizer_was_saved_with_cuts_and_pads_nothing(
     path.write_text(json.dumps(saved))
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert again.backend_tokenizer.truncation and again.backend_tokenizer.padding
-    assert clha.token_ids(again, texts) == clha.token_ids(toy, texts)
+    assert clha.dialogue_ids(turns, again) == clha.dialogue_ids(turns, toy)
 
 
 def test_eos_ends_each_response_that_is_not_cut(toy: PreTrainedTokenizerBase) -> None:
@@ -244,7 +246,7 @@ def test_a_tokenizer_that_merges_across_the_start_of_a_response_is_refused() -> 
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence([])
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(InputError, match=r"^a: the tokenizer merges prompt and response 0, or empties it$"):
+    with pytest.raises(InputError, match=r"^a: response 0 does not follow the prompt's own tokens"):
         clha.encode(GOOD, merging, WIDE)
 
 
@@ -273,7 +275,7 @@ def test_real_dialogues_keep_their_text_after_a_prefix_that_is_the_prompt(
         record = {"id": ""} | prepare_data.hh_record(row)
         prompt = clha.render(record["prompt"])
         encoded = clha.encode(record, llama, WIDE)
-        assert [encoded["prompt_ids"]] == clha.token_ids(llama, [prompt])
+        assert encoded["prompt_ids"] == clha.dialogue_ids(record["prompt"], llama)
         for response, ids in zip(record["responses"], encoded["response_ids"], strict=True):
             text = llama.decode(encoded["prompt_ids"] + ids, clean_up_tokenization_spaces=False)
             assert text == f"<s> {prompt} {response}</s>"  # LLaMA begins each text with a blank
@@ -286,7 +288,7 @@ ODD = [
 ]
 TEXT = st.lists(st.sampled_from(ODD) | st.text(max_size=6), max_size=6).map("".join)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(list(clha.ROLES)), "content": TEXT})
-PROMPT = st.lists(TURN, min_size=1, max_size=3)
+PROMPT = st.lists(TURN, min_size=1, max_size=3).filter(lambda turns: turns[-1]["role"] != "assistant")
 RESPONSES = st.lists(TEXT.filter(str.strip), min_size=2, max_size=4)
 
 
