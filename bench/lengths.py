@@ -54,9 +54,8 @@ def queries(number: int, seed: int) -> list[clha.Example]:
         rewards = sorted((rng.gauss(0, 1) for _ in lengths[1:]), reverse=True)
         ids = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
         size = {"size": sum(lengths), "longest": lengths[0] + max(lengths[1:])}
-        examples.append(
-            {"prompt_ids": ids[0], "response_ids": ids[1:], "rewards": rewards, "id": str(i)} | size
-        )
+        example = {"prompt_ids": ids[0], "response_ids": ids[1:], "rewards": rewards, "id": str(i)}
+        examples.append(example | size)
     return examples
 
 

@@ -28,7 +28,7 @@ import clha
 import reward
 from bench import lengths
 from bench.plan import make_plan, prepare
-from bench.train_step import rss
+from bench.train_step import SETTINGS, rss
 from study import toy
 
 ROOT = Path(__file__).parents[1]
@@ -38,28 +38,23 @@ ROOT = Path(__file__).parents[1]
 
 
 class Trainer:
-    """The steps of `clha.train`, with random weights."""
+    """The steps of `clha.train`: in packs of at most `limit` tokens, filled to them for flex_attention."""
 
-    def __init__(self, config: clha.Config, policy: clha.Policy, limit: int, fill: bool) -> None:
-        self.config = config
+    def __init__(self, policy: clha.Policy, limit: int, fill: bool) -> None:
         self.policy = policy
-        self.limit = limit  # tokens of a pack
-        self.fill = fill  # packs to it, for flex_attention
         self.device = policy.model.device
+        self.packs_of = partial(clha.make_packs, device=self.device, limit=limit, fill=fill, group=1)
         fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, fused=fused)
-        self.loss_fn = partial(
-            clha.clha_loss, margin=config.margin, min_reward_gap=config.min_reward_gap, alpha=0.05
-        )
+        self.optimizer = torch.optim.AdamW(policy.parameters(), clha.Config.learning_rate, fused=fused)
 
     def step(self, examples: list[clha.Example]) -> dict[str, float]:
         """An optimizer step, as one process of clha.py takes it, and its metrics."""
-        packs = clha.make_packs(examples, self.device, self.limit, self.fill, group=1)
-        return clha.run_batch(self.policy, packs, self.loss_fn, train=True) | self.update()
+        loss_fn = partial(clha.clha_loss, **SETTINGS)
+        return clha.run_batch(self.policy, self.packs_of(examples), loss_fn, train=True) | self.update()
 
     def update(self) -> dict[str, float]:
         """Clipping and AdamW."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clha.Config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {"grad_norm": norm.full_tensor().item()}
@@ -81,7 +76,7 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
     gc.collect()
     before = rss("VmRSS")
     policy = lengths.random_policy(run.model, run.config, device)
-    trainer = Trainer(run.config, policy, run.limit, run.fill)
+    trainer = Trainer(policy, run.limit, run.fill)
     per_s = []
     for number in range(steps + 1):
         if number == 1 and device.type == "cpu":  # AdamW's moments are there now
@@ -121,39 +116,30 @@ def stand_in(folder: Path, name: str) -> tuple[Path, Path]:
     """A model folder without weights, of lengths.MODELS, and records as long as HH's: for trials."""
     model = folder / name
     data = folder / "data.jsonl"
+    words = ["the"] * 400  # a token each
     rows = []
     for prompt, *responses in lengths.HH_LENGTHS:
-        row = {
-            "prompt": [{"role": "user", "content": words(max(1, prompt - 21))}],
-            "responses": [words(response - 1) for response in responses],
-            "rewards": [1.0, -1.0],
-        }
-        rows.append(row)
+        content = " ".join(words[: max(1, prompt - 21)])
+        texts = [" ".join(words[: response - 1]) for response in responses]
+        turns = [{"role": "user", "content": content}]
+        rows.append({"prompt": turns, "responses": texts, "rewards": [1.0, -1.0]})
     reward.write_jsonl(data, rows)
     lengths.config(name).save_pretrained(model)
     toy.train_tokenizer([" the" * 9]).save_pretrained(model)
     return model, data
 
 
-def words(number: int) -> str:
-    """A text of so many tokens."""
-    return " ".join(["the"] * number)
-
-
-def launch(flags: list[str], processes: int, out: Path) -> dict[str, Any]:
+def launch(flags: list[str], processes: int) -> dict[str, Any]:
     """The row that this program measures in processes of its own, one thread each."""
-    command = [sys.executable, "-m", "bench.rates", "--rates", str(out), *flags]
-    if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-        command[2:2] = torchrun
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *torchrun, "-m", "bench.rates", "--rates", os.devnull, *flags]
     # Large blocks go back to the system when they are freed: the peak is what was alive, not a heap's size.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | malloc
-    out.unlink(missing_ok=True)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise clha.InputError(f"a trial failed: {result.stderr[-600:]}")
-    return json.loads(out.read_text())
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def check(args: Namespace, settings: list[str]) -> None:
@@ -164,7 +150,7 @@ def check(args: Namespace, settings: list[str]) -> None:
             for name in args.models:
                 flags = ["--models", name, "--steps", str(args.steps), *settings]
                 planned = sum(make_plan(parse(flags, folder)[1], "cpu", processes).memory.values())
-                peak = max(launch(flags, processes, Path(folder) / "rate.jsonl")["peak"])
+                peak = max(launch(flags, processes)["peak"])
                 cells = f"{planned / 1e6:.0f} | {peak / 1e6:.0f} | {planned / peak - 1:+.1%}"
                 print(f"| {name} | {processes} | {cells} |", flush=True)
 
@@ -202,10 +188,9 @@ def main() -> None:
             return
         row = measure(config, args.steps)
         if dist.get_rank() == 0:
-            args.rates.parent.mkdir(parents=True, exist_ok=True)
-            with args.rates.open("a") as file:
-                file.write(json.dumps(row) + "\n")
             print(json.dumps(row))
+            args.rates.parent.mkdir(parents=True, exist_ok=True)
+            reward.append_jsonl(args.rates, [row])
 
 
 if __name__ == "__main__":

@@ -112,12 +112,9 @@ def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {
-    "padded": padded,
-    "concatenated": concatenated,
-    "ours": ours,
-    "floor": floor,
-    "rows": rows,
+    way.__name__: way for way in (padded, concatenated, ours, floor, rows)
 }
+RATIOS = [("padded", "ours"), ("concatenated", "ours"), ("ours", "floor"), ("rows", "ours")]
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -129,15 +126,10 @@ def build(name: str) -> clha.Policy:
     return clha.Policy(LlamaForCausalLM(lengths.config(name)).train())
 
 
-def prepare(policy: clha.Policy, way: str) -> None:
-    """Packs set their own attention; the other ways need the usual one again."""
-    if way not in ("ours", "rows"):
-        policy.model.set_attn_implementation("sdpa")
-
-
 def step(way: str, policy: clha.Policy, examples: list[clha.Example]) -> float:
     """Seconds of a forward and backward pass."""
-    prepare(policy, way)
+    if way not in ("ours", "rows"):  # packs set their own attention; the others need the usual one again
+        policy.model.set_attn_implementation("sdpa")
     policy.zero_grad()
     start = time.perf_counter()
     WAYS[way](policy, examples).backward()
@@ -185,17 +177,11 @@ def measure(name: str, number: int, steps: int) -> dict[str, Any]:
             memory[way] = round(pool.apply(peak_memory, (way, name, number)), 3)
     policy = build(name)
     times = paired_steps(policy, number, steps)
-    return {
-        "model": name,
-        "parameters": policy.model.num_parameters(),
-        "queries": number,
-        "steps": steps,
-        "padded_over_ours": round(median_ratio(times["padded"], times["ours"]), 3),
-        "concatenated_over_ours": round(median_ratio(times["concatenated"], times["ours"]), 3),
-        "ours_over_floor": round(median_ratio(times["ours"], times["floor"]), 3),
-        "rows_over_ours": round(median_ratio(times["rows"], times["ours"]), 3),
-        "peak_memory_gib": memory,
-    }
+    parameters = policy.model.num_parameters()
+    row = {"model": name, "parameters": parameters, "queries": number, "steps": steps}
+    for way, other in RATIOS:
+        row[f"{way}_over_{other}"] = round(median_ratio(times[way], times[other]), 3)
+    return row | {"peak_memory_gib": memory}
 
 
 def main() -> None:
@@ -206,17 +192,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="paired steps")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("steps",))
-    ratios = ("padded_over_ours", "concatenated_over_ours", "ours_over_floor", "rows_over_ours")
     results = []
-    print(
-        "| model | queries | padded / ours | concatenated / ours | ours / floor | rows / ours | "
-        "peak GiB of the five, as in --help |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    columns = ["model", "queries", *map(" / ".join, RATIOS), "peak GiB of the five, as in --help"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in args.models:
         for number in args.queries:
             row = measure(name, number, args.steps)
             results.append(row)
-            cells = [name, number, *(row[ratio] for ratio in ratios)]
+            cells = [name, number, *(row[f"{way}_over_{other}"] for way, other in RATIOS)]
             cells.append(", ".join(f"{value:.2f}" for value in row["peak_memory_gib"].values()))
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(json.dumps(results))
