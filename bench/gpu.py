@@ -32,12 +32,12 @@ import torch
 import clha
 import evaluate
 import reward
-from bench import lengths, train_step
+from bench import train_step
 from bench.plan import CARDS
 from bench.rates import Trainer, clock
 
 TOGETHER = {"padded": 2, "concatenated": 8}  # queries of a backward pass; the release has 2 (train_hh.sh)
-LONGEST = 640  # tokens of the longest query of lengths.py
+LONGEST = 640  # tokens of the longest of train_step.queries
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ class Trial:
 
 def fill(tokens: int, seed: int) -> list[clha.Example]:
     """As many queries as a pack of this length holds."""
-    queries = lengths.queries(tokens // 64, seed)
+    queries = train_step.queries(tokens // 64, seed)
     ends = accumulate(query["size"] for query in queries)
     return [query for query, end in zip(queries, ends, strict=True) if end <= tokens]
 
@@ -65,7 +65,7 @@ def build(trial: Trial) -> Trainer:
     """A random model and its optimizer; on a GPU all packs have one length, for flex_attention."""
     clha.init_process()
     config = clha.settle(clha.Config("", "", "", activation_checkpointing=trial.checkpointing), trial.device)
-    policy = lengths.random_policy(lengths.config(trial.model), config, trial.device)
+    policy = train_step.random_policy(train_step.llama(trial.model), config, trial.device)
     return Trainer(policy, trial.pack_tokens, fill=trial.device.type == "cuda")
 
 
@@ -136,7 +136,7 @@ def numerics(device: torch.device, tokens: int) -> list[Row]:
     expected: list[torch.Tensor] = []
     for dtype in ("float32", "bfloat16"):
         config = clha.settle(clha.Config("", "", "", dtype=dtype), device)
-        policy = lengths.random_policy(lengths.config("24M", head_dim=128), config, device)
+        policy = train_step.random_policy(train_step.llama("24M", head_dim=128), config, device)
         kernels = {"sdpa": 0, "flex": tokens} if device.type == "cuda" else {"sdpa": 0}
         for attention, length in kernels.items():
             pack = clha.pack(queries, device, length)
@@ -212,7 +212,7 @@ def parse_args() -> Namespace:
     parser = reward.Parser(description=__doc__)
     flag = parser.add_argument
     flag("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to measure")
-    flag("--model", choices=lengths.MODELS, default="7B", help="a random LLaMA of this size")
+    flag("--model", choices=train_step.MODELS, default="7B", help="a random LLaMA of this size")
     flag("--device", choices=["cuda", "cpu"], default="cuda", help="where")
     flag("--queries", type=int, default=16, help="per step; the paper's 128 are 16 on each of 8 GPUs")
     flag("--rounds", type=int, default=5, help="steps of each kind, after one that warms up")
@@ -244,7 +244,7 @@ def main() -> None:
         results["numerics"] = apart(device, numerics, device, tokens)
         show(results["numerics"], peak)
     if "ways" in args.stages:
-        batches = [lengths.queries(args.queries, seed) for seed in range(-1, args.rounds)]
+        batches = [train_step.queries(args.queries, seed) for seed in range(-1, args.rounds)]
         results["ways"] = ways(Trial("ours", args.model, device, tokens, batches))
         show(results["ways"], peak)
         if results["ways"][0]["result"] == "done":

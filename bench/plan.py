@@ -11,7 +11,6 @@ measured (bench/rates.jsonl, by bench.rates, and out/bench/gpu.jsonl, by bench.g
 import statistics
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,14 +65,6 @@ def fake_processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def filled(examples: list[clha.Example], length: int) -> list[clha.Example]:
-    """Examples of a pack, and one without responses that fills it to a length."""
-    missing = length - sum(example["size"] for example in examples)
-    if missing <= 0:
-        return examples
-    return [*examples, clha.Example(prompt_ids=[0] * missing, response_ids=[], rewards=[])]
-
-
 def memory(
     model: PretrainedConfig, config: clha.Config, examples: list[clha.Example], shards: int, passes: int = 2
 ) -> dict[str, int]:
@@ -104,7 +95,7 @@ def memory(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The plan
+# Work and hours
 
 
 def released_tokens(longest: list[int], candidates: list[int]) -> int:
@@ -174,8 +165,9 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
         passes.append(len(shares) // nproc)
     largest = max(packs, key=lambda pack: sum(sizes[i] for i in pack))
     batch = [run.examples[i] for i in largest]
-    if run.fill:
-        batch = filled(batch, run.limit)
+    if run.fill:  # a query without responses fills the pack
+        missing = run.limit - sum(sizes[i] for i in largest)
+        batch.append({"prompt_ids": [0] * missing, "response_ids": [], "rewards": []})
     real = sum(sizes[i] for pack in packs for i in pack)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(run.model).num_parameters()
@@ -194,10 +186,6 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
         tokens=sum(sizes[i] for step in run.order for i in step),
         filled=run.limit * len(packs) / real if run.fill else 1.0,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Hours
 
 
 def find_rate(rates: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
@@ -261,24 +249,18 @@ Not counted: context, NCCL, workspaces of kernels, what the allocator leaves unu
 {hours(plan, mfu)}"""
 
 
-def parse(argv: list[str], folder: str) -> tuple[clha.Config, Namespace]:
-    """clha.py's settings, with `folder` for what it would write, and ours."""
+def main() -> None:
+    """Plans a run, of clha.py's settings."""
     parser = reward.Parser(clha.Config, description=__doc__)
     flag = parser.add_argument
     flag("--gpu", choices=CARDS, default="h200", help="the card, or cpu")
     flag("--nproc", type=int, default=8, metavar="N", help="processes, one per card")
     flag("--mfu", type=float, default=0.0, metavar="F", help="share of the card's FLOP/s that is assumed")
-    config, args = parser.parse_args_into_dataclasses([*argv, "--output_dir", folder])
-    reward.check_numbers(args, positive=("nproc",))
-    if not 0 <= args.mfu <= 1:
-        raise clha.InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
-    return config, args
-
-
-def main() -> None:
-    """Plans a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        config, args = parse(sys.argv[1:], folder)
+    with tempfile.TemporaryDirectory() as folder:  # gets the tokens
+        config, args = parser.parse_args_into_dataclasses([*sys.argv[1:], "--output_dir", folder])
+        reward.check_numbers(args, positive=("nproc",))
+        if not 0 <= args.mfu <= 1:
+            raise clha.InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
         print(report(make_plan(config, args.gpu, args.nproc), args.mfu))
 
 

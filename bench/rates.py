@@ -26,15 +26,11 @@ import torch.distributed as dist
 
 import clha
 import reward
-from bench import lengths
+from bench import train_step
 from bench.plan import make_plan, prepare
-from bench.train_step import SETTINGS, rss
 from study import toy
 
 ROOT = Path(__file__).parents[1]
-
-# ------------------------------------------------------------------------------------------------------------
-# A rate
 
 
 class Trainer:
@@ -49,7 +45,7 @@ class Trainer:
 
     def step(self, examples: list[clha.Example]) -> dict[str, float]:
         """An optimizer step, as one process of clha.py takes it, and its metrics."""
-        loss_fn = partial(clha.clha_loss, **SETTINGS)
+        loss_fn = partial(clha.clha_loss, **train_step.SETTINGS)
         return clha.run_batch(self.policy, self.packs_of(examples), loss_fn, train=True) | self.update()
 
     def update(self) -> dict[str, float]:
@@ -74,8 +70,8 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
         os.sched_setaffinity(0, {rank})  # else the processes move about, and wait for each other
     run = prepare(config, device)
     gc.collect()
-    before = rss("VmRSS")
-    policy = lengths.random_policy(run.model, run.config, device)
+    before = train_step.rss("VmRSS")
+    policy = train_step.random_policy(run.model, run.config, device)
     trainer = Trainer(policy, run.limit, run.fill)
     per_s = []
     for number in range(steps + 1):
@@ -87,7 +83,7 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
         start = clock(device)
         trainer.step(batch)
         per_s.append(sum(example["size"] for example in batch) / (clock(device) - start))
-    peak = rss("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
+    peak = train_step.rss("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
     peaks: list[Any] = [None] * processes
     dist.all_gather_object(peaks, peak)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
@@ -108,23 +104,19 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Plans against what happens
-
-
 def stand_in(folder: Path, name: str) -> tuple[Path, Path]:
-    """A model folder without weights, of lengths.MODELS, and records as long as HH's: for trials."""
+    """A model folder without weights, of train_step.MODELS, and records as long as HH's: for trials."""
     model = folder / name
     data = folder / "data.jsonl"
     words = ["the"] * 400  # a token each
     rows = []
-    for prompt, *responses in lengths.HH_LENGTHS:
+    for prompt, *responses in train_step.HH_LENGTHS:
         content = " ".join(words[: max(1, prompt - 21)])
         texts = [" ".join(words[: response - 1]) for response in responses]
         turns = [{"role": "user", "content": content}]
         rows.append({"prompt": turns, "responses": texts, "rewards": [1.0, -1.0]})
     reward.write_jsonl(data, rows)
-    lengths.config(name).save_pretrained(model)
+    train_step.llama(name).save_pretrained(model)
     toy.train_tokenizer([" the" * 9]).save_pretrained(model)
     return model, data
 
@@ -155,17 +147,13 @@ def check(args: Namespace, settings: list[str]) -> None:
                 print(f"| {name} | {processes} | {cells} |", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-
-
 def parse(argv: list[str], folder: str) -> tuple[Namespace, clha.Config | None, list[str]]:
     """Our own flags; and clha.py's settings, of a stand-in without --model, with `folder` for its files."""
     parser = reward.Parser(description=__doc__)
     flag = parser.add_argument
     flag("--rates", type=Path, default=ROOT / "bench" / "rates.jsonl", help="gets a line")
     flag("--check", action="store_true", help="plan, train and compare on this machine")
-    flag("--models", nargs="+", choices=lengths.MODELS, default=lengths.SMALL, help="without --model")
+    flag("--models", nargs="+", choices=train_step.MODELS, default=train_step.SMALL, help="without --model")
     flag("--processes", nargs="+", type=int, default=[1, 2], metavar="N", help="of --check")
     flag("--steps", type=int, default=3, metavar="N", help="of a trial")
     args, settings = parser.parse_known_args(argv)

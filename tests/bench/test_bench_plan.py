@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 import clha
 import reward
-from bench import lengths, plan, rates
+from bench import plan, rates, train_step
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_memory_by_part_by_hand() -> None:
         intermediate_size=48,
         num_attention_heads=4,
     )
-    queries = lengths.queries(1, seed=1)
+    queries = train_step.queries(1, seed=1)
     layer = 4 * 256**2 + 3 * 256 * 48 + 2 * 256
     weights = 4 * (2 * layer + 2 * 4096 * 256 + 256)
     tensors = 2 * 9 + 3
@@ -54,15 +54,6 @@ def test_memory_by_part_by_hand() -> None:
         found[ranks, checkpointing] = sum(parts.values())
     kept = 2 * 4 * queries[0]["size"] * (6 * 256 + 3 * 48)  # what the products of both layers read and give
     assert found[1, "none"] - found[1, "full"] > kept / 2
-
-
-def test_a_pack_is_filled_by_a_query_without_responses() -> None:
-    queries = lengths.queries(2, seed=0)
-    total = sum(query["size"] for query in queries)
-    batch = clha.pack(plan.filled(queries, total + 100))
-    assert batch.input_ids.shape == (1, total + 100)
-    assert batch.lengths.sum() == clha.pack(queries).lengths.sum()
-    assert plan.filled(queries, total - 1) == queries
 
 
 def test_tokens_of_the_released_loop_by_hand() -> None:
@@ -99,6 +90,7 @@ def test_a_plan_reads_no_weights(
     text = capsys.readouterr().out
     assert "no rate of a800 is measured yet; `python -m bench.gpu`" in text
     assert "Assumed, not measured: at 50% of 312 TFLOP/s" in text
+    assert "(1.0 passes, 128 tokens in the largest pack)" in text  # filled to a tile
     assert "| queries | 8 |" in text
     assert "| steps, and tokens in all of them | 4," in text
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import clha
-from bench import gpu, lengths, train_step
+from bench import gpu, train_step
 
 CPU = torch.device("cpu")
 
 
 def shortest(number: int) -> list[clha.Example]:
     """A few short queries."""
-    return sorted(lengths.queries(24, seed=0), key=lambda query: query["size"])[:number]
+    return sorted(train_step.queries(24, seed=0), key=lambda query: query["size"])[:number]
 
 
 def test_all_ways_of_a_step_have_one_loss() -> None:
@@ -89,6 +89,13 @@ def test_a_run_without_a_gpu(
     assert (full["checkpointing"], full["pack_tokens"], full["result"]) == ("none", 640, "done")
     rate = json.loads((tmp_path / "gpu.jsonl").read_text())
     assert (rate["kind"], rate["processes"], rate["flops_per_s"]) == ("CPU", 1, ours["flops_per_s"])
+
+
+def test_log_probs_and_gradients_are_compared_with_float32() -> None:
+    exact, rounded = gpu.numerics(CPU, tokens=640)
+    assert (exact["logps_apart_by_nats_per_token"], exact["gradient_apart_by_share"]) == (0, 0)
+    assert 0 < rounded["logps_apart_by_nats_per_token"] < 0.01
+    assert 0 < rounded["gradient_apart_by_share"] < 0.1
 
 
 def test_a_way_that_runs_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
