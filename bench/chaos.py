@@ -54,22 +54,21 @@ def make_data(folder: Path) -> None:
     (folder / "dropout" / "config.json").write_text(json.dumps(settings))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One run
-
-
 class Trial:
     """A run of clha.py: `start` starts it, or resumes it."""
 
-    def __init__(self, data: Path, out: Path, steps: int, model: str = "dropout", replicate: int = 1) -> None:
-        self.out = out
-        self.log = out.with_suffix(".log")
+    def __init__(self, home: Path, name: str, steps: int, model: str = "dropout", replicate: int = 1) -> None:
+        data = home / "data"
+        self.out = home / name
+        self.log = self.out.with_suffix(".log")
+        self.weights = self.out / "final" / "model.safetensors"
+        self.steps = steps
         self.killed = 0.0  # when it was killed last
         settings = {
             "model": data / model,
             "train_data": data / "scored.jsonl",
             "dev_data": data / "dev.jsonl",
-            "output_dir": out,
+            "output_dir": self.out,
             "token_cache": data / "tokens",
             "max_steps": steps,
             "batch_size": 8,
@@ -79,39 +78,23 @@ class Trial:
             "eval_every": 15,
             "replicate": replicate,
         }
-        self.flags: list[str] = []
-        for name, value in settings.items():
-            self.flags += [f"--{name}", str(value)]
-        out.parent.mkdir(parents=True, exist_ok=True)
-
-    def clear(self) -> None:
-        """Removes what an earlier trial left."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.log.unlink(missing_ok=True)
+        self.flags = [f"--{flag}={value}" for flag, value in settings.items()]
 
     def start(self, processes: int = 2, restarts: int = 0, port: int = 0) -> None:
-        """Starts one process, one torchrun with several, or with a port two torchruns of a process each."""
+        """Starts a torchrun with so many processes, or with a port two torchruns of a process each."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        launch = ["-m", "torch.distributed.run", f"--max_restarts={restarts}"]
         torchruns = 1
+        where = ["--standalone", f"--nproc_per_node={processes}"]
         if port:
             torchruns = 2
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-            launch += ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
-            launch += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
-        elif processes > 1:
-            launch += ["--standalone", f"--nproc_per_node={processes}"]
-        else:
-            launch = []
+            where = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--local_addr=127.0.0.1"]
+            where.append(f"--rdzv_endpoint=127.0.0.1:{port}")
+        launch = ["-m", "torch.distributed.run", f"--max_restarts={restarts}", *where]
         command = [sys.executable, *launch, "clha.py", *self.flags]
         with self.log.open("a") as log:
             for _ in range(torchruns):
                 self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-
-    def workers(self) -> list[int]:
-        """The processes that train."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(word) for word in children.read_text().split()]
 
     def logged(self) -> list[int]:
         """The steps in metrics.jsonl, after a 0, without a line that is being written."""
@@ -144,9 +127,10 @@ class Trial:
 
     def kill(self, everything: bool, generator: random.Random) -> None:
         """SIGKILL to one of the processes that train, or to torchrun and all of them."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         if not everything:
-            self.until(self.workers)  # torchrun itself takes seconds to start them
-        workers = self.workers()
+            self.until(children.read_text)  # torchrun itself takes seconds to start them
+        workers = [int(pid) for pid in children.read_text().split()]
         for pid in [self.process.pid, *workers] if everything else [generator.choice(workers)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -154,8 +138,9 @@ class Trial:
             self.process.wait()
         self.killed = time.time()
 
-    def stop(self) -> None:
-        """SIGTERM, and waits for the end."""
+    def stop(self, step: int) -> None:
+        """SIGTERM once so many steps are logged, and waits for the end."""
+        self.until_step(step)
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
@@ -165,20 +150,13 @@ class Trial:
             last = self.log.read_text().strip().splitlines()[-1]
             raise clha.InputError(f"{self.log}: ended with {self.process.returncode}: {last}")
 
-    def resumes(self) -> int:
-        """How often it went on from a checkpoint."""
-        return len(re.findall(r"^train .* steps (?!1 to )", self.log.read_text(), re.MULTILINE))
-
-    def weights(self) -> Path:
-        """The final weights."""
-        return self.out / "final" / "model.safetensors"
-
-    def outcome(self, reference: "Trial", steps: int) -> Result:
-        """Whether it ended as a run that nothing stopped."""
+    def outcome(self, reference: "Trial") -> Result:
+        """How often it went on from a checkpoint, and whether it ended as a run that nothing stopped."""
+        resumes = re.findall(r"^train .* steps (?!1 to )", self.log.read_text(), re.MULTILINE)
         return {
-            "resumes from a checkpoint": self.resumes(),
-            "every step logged once": self.logged() == list(range(steps + 1)),
-            "weights identical": self.weights().read_bytes() == reference.weights().read_bytes(),
+            "resumes from a checkpoint": len(resumes),
+            "every step logged once": self.logged() == list(range(self.steps + 1)),
+            "weights identical": self.weights.read_bytes() == reference.weights.read_bytes(),
         }
 
 
@@ -187,11 +165,11 @@ def newer(path: Path, moment: float) -> bool:
     return path.exists() and path.stat().st_mtime > moment
 
 
-def undisturbed(args: Namespace, data: Path, steps: int) -> Trial:
+def undisturbed(args: Namespace, steps: int) -> Trial:
     """A run on 2 processes that nothing stops; it is kept, and used again."""
-    trial = Trial(data, args.out / f"undisturbed-{steps}", steps)
-    if not trial.weights().exists():
-        trial.clear()
+    trial = Trial(args.out, f"undisturbed-{steps}", steps)
+    if not trial.weights.exists():
+        shutil.rmtree(trial.out, ignore_errors=True)
         trial.start()
         trial.finish()
     return trial
@@ -203,12 +181,11 @@ def undisturbed(args: Namespace, data: Path, steps: int) -> Trial:
 MOMENTS = ("starting", "training", "saving", "training")  # in turn
 
 
-def kills(args: Namespace, data: Path) -> Result:
+def kills(args: Namespace) -> Result:
     """Kills a run at random moments; counts what had to be done twice."""
-    reference = undisturbed(args, data, args.steps)
+    reference = undisturbed(args, args.steps)
     generator = random.Random(args.seed)
-    trial = Trial(data, args.out / "kills", args.steps)
-    trial.clear()
+    trial = Trial(args.out, "kills/run", args.steps)
     counts: Counter[str] = Counter()
     trial.start(restarts=args.kills)
     for number in range(args.kills):
@@ -228,7 +205,7 @@ def kills(args: Namespace, data: Path) -> Result:
         if everything:
             trial.start(restarts=args.kills)
     trial.finish()
-    return {"kills": args.kills, **counts, "steps": args.steps} | trial.outcome(reference, args.steps)
+    return {"kills": args.kills, **counts, "steps": args.steps} | trial.outcome(reference)
 
 
 def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
@@ -247,39 +224,34 @@ def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
             return
 
 
-def signals(args: Namespace, data: Path) -> Result:
+def signals(args: Namespace) -> Result:
     """SIGTERM to torchrun; the same command goes on."""
-    reference = undisturbed(args, data, 60)
-    trial = Trial(data, args.out / "signal", 60)
-    trial.clear()
+    reference = undisturbed(args, 60)
+    trial = Trial(args.out, "signal/run", 60)
     trial.start()
-    trial.until_step(23)
-    trial.stop()
+    trial.stop(23)
     result = {"SIGTERM at step": trial.logged()[-1], "checkpoint": trial.saved()}
     trial.start()
     trial.finish()
-    return result | trial.outcome(reference, 60)
+    return result | trial.outcome(reference)
 
 
-def resize(args: Namespace, data: Path) -> Result:
+def resize(args: Namespace) -> Result:
     """From step 20 to 40 on other numbers of processes; without dropout, which is each process's own."""
     result: Result = {}
-    start = load_file(data / "init" / "model.safetensors")
+    start = load_file(args.out / "data" / "init" / "model.safetensors")
     for before, after in ((2, 1), (1, 2)):
-        trial = Trial(data, args.out / f"resize-{before}", 40, "init")
-        resized = Trial(data, args.out / f"resize-{before}-{after}", 40, "init")
-        trial.clear()
-        resized.clear()
+        trial = Trial(args.out, f"resize/{before}", 40, "init")
+        resized = Trial(args.out, f"resize/{before}-{after}", 40, "init")
         trial.start(before)
-        trial.until_step(20)
-        trial.stop()
+        trial.stop(20)
         shutil.copytree(trial.out, resized.out)
         result[f"{before} -> {after}, from step"] = resized.saved()
         for run, processes in ((trial, before), (resized, after)):
             run.start(processes)
             run.finish()
-        weights = load_file(trial.weights())
-        result[f"{before} -> {after}, relative difference"] = distance(load_file(resized.weights()), weights)
+        weights = load_file(trial.weights)
+        result[f"{before} -> {after}, relative difference"] = distance(load_file(resized.weights), weights)
         result[f"{before} -> {after}, moved by"] = distance(start, weights)
     return result
 
@@ -289,44 +261,40 @@ def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
     return max(((weights[name] - other).norm() / other.norm()).item() for name, other in others.items())
 
 
-def disk(args: Namespace, data: Path) -> Result:
+def disk(args: Namespace) -> Result:
     """A disk with room for two checkpoints: the run ends in a line, and goes on once there is more."""
-    reference = undisturbed(args, data, 60)
+    reference = undisturbed(args, 60)
     newest = clha.checkpoints(reference.out / "checkpoints")[-1]
     size = sum(path.stat().st_size for path in newest.iterdir())
-    folder = args.out / "disk"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = args.out / "disk" / "small"
+    folder.mkdir()
     room = int(2.6 * size)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
     try:
-        trial = Trial(data, folder / "run", 60)
-        trial.log = args.out / "disk.log"
-        trial.log.unlink(missing_ok=True)
+        trial = Trial(args.out, "disk/small/run", 60)
+        trial.log = args.out / "disk" / "run.log"
         trial.start()
         code = trial.process.wait()
         found = clha.checkpoints(trial.out / "checkpoints")
         lines = trial.log.read_text().splitlines()
         said = next((line for line in lines if "cannot be saved" in line or "No space" in line), "nothing")
-        more = f"remount,size={20 * size}"
-        subprocess.run(["mount", "-o", more, folder], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={20 * size}", folder], check=True)
         trial.start()
         trial.finish()
         result = {"MiB per checkpoint": round(size / 2**20, 1), "exit code of torchrun": code}
         result["it says"] = said.replace(str(folder), "...")
         result["checkpoints whole"] = ", ".join(path.name for path in found)
-        return result | trial.outcome(reference, 60)
+        return result | trial.outcome(reference)
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
-def machines(args: Namespace, data: Path) -> Result:
+def machines(args: Namespace) -> Result:
     """A process of one of two "machines" is killed three times; both torchruns start theirs again."""
-    steps = 200
     generator = random.Random(args.seed)
     trials = []
     for number in (0, 3):
-        trial = Trial(data, args.out / f"machines-{number}", steps, replicate=2)
-        trial.clear()
+        trial = Trial(args.out, f"machines/{number}", 200, replicate=2)
         trial.start(restarts=number, port=get_free_port())
         for kill_number in range(number):
             trial.until_step(50 * kill_number + 25)
@@ -334,14 +302,14 @@ def machines(args: Namespace, data: Path) -> Result:
         trial.finish()
         trials.append(trial)
     reference, trial = trials
-    return {"kills": 3} | trial.outcome(reference, steps)
+    return {"kills": 3} | trial.outcome(reference)
 
 
 TRIALS = {"kills": kills, "signal": signals, "resize": resize, "disk": disk, "machines": machines}
 
 
-def parse_args() -> Namespace:
-    """The flags."""
+def main() -> None:
+    """Makes the data, and runs the trials that are wanted."""
     parser = reward.Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="some of the trials")
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
@@ -352,17 +320,14 @@ def parse_args() -> Namespace:
     reward.check_numbers(args, positive=("kills", "steps"))
     reward.check_output(args.out, "folder")
     args.out = args.out.resolve()
-    return args
-
-
-def main() -> None:
-    """Makes the data, and runs the trials that are wanted."""
-    args = parse_args()
     torch.set_num_threads(1)
-    data = args.out / "data"
-    if not (data / "dropout").exists():
-        make_data(data)
-    results = {name: TRIALS[name](args, data) for name in args.only}
+    if not (args.out / "data" / "dropout").exists():
+        make_data(args.out / "data")
+    results = {}
+    for name in args.only:
+        shutil.rmtree(args.out / name, ignore_errors=True)  # of an earlier trial
+        (args.out / name).mkdir()
+        results[name] = TRIALS[name](args)
     print("\n| trial | what | result |\n| --- | --- | --- |")
     for name, result in results.items():
         for what, value in result.items():

@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +193,10 @@ def place(error: Exception) -> str:
     return f"{type(error).__name__}-{Path(own[-1].filename).stem}-{own[-1].lineno}"
 
 
-def import_atheris() -> Any:
-    """atheris, if it is installed. Raises InputError."""
-    try:
-        import atheris
-    except ImportError:
-        raise clha.InputError("bench.fuzz: needs atheris; `pip install .[fuzz]`") from None
-    return atheris
-
-
 def fuzz(corpus: Path, seconds: int) -> None:
     """Fuzzes in this process, which libFuzzer ends."""
-    atheris = import_atheris()
+    import atheris
+
     for module in MODULES:
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
@@ -230,7 +223,8 @@ def fuzz(corpus: Path, seconds: int) -> None:
 
 def report(corpus: Path, minutes: float) -> None:
     """Runs `fuzz` in processes of its own until the time is over, and prints what came of it."""
-    import_atheris()
+    if find_spec("atheris") is None:
+        raise clha.InputError("bench.fuzz: needs atheris; `pip install .[fuzz]`")
     for name in ("inputs", "findings"):
         (corpus / name).mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds()):

@@ -21,7 +21,7 @@ import multiprocessing
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -30,56 +30,43 @@ from typing import Any
 import torch
 
 import clha
+import evaluate
 import reward
-from bench import lengths, train_step
+from bench import train_step
+from bench.plan import CARDS
 from bench.rates import Trainer, clock
 
-PEAK = {"H200": 990, "H100": 990, "A100": 312, "A800": 312}  # TFLOPS in bfloat16, by a part of the GPU's name
 TOGETHER = {"padded": 2, "concatenated": 8}  # queries of a backward pass; the release has 2 (train_hh.sh)
-LONGEST = 640  # tokens of the longest query of lengths.py
+LONGEST = 640  # tokens of the longest of train_step.queries
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Trial:
-    """Some optimizer steps of one kind, after one that warms up."""
+    """Optimizer steps of one kind, of which the first warms up."""
 
     way: str
     model: str
     device: torch.device
     pack_tokens: int
-    rounds: int
-    queries: int = 0  # per step; 0: as many as fill a pack
+    batches: list[list[clha.Example]]
     checkpointing: str = "full"
 
 
 def fill(tokens: int, seed: int) -> list[clha.Example]:
     """As many queries as a pack of this length holds."""
-    queries = lengths.queries(tokens // 64, seed)
+    queries = train_step.queries(tokens // 64, seed)
     ends = accumulate(query["size"] for query in queries)
     return [query for query, end in zip(queries, ends, strict=True) if end <= tokens]
 
 
-def batches(trial: Trial) -> list[list[clha.Example]]:
-    """The queries of each step."""
-    seeds = range(-1, trial.rounds)
-    if trial.queries:
-        return [lengths.queries(trial.queries, seed) for seed in seeds]
-    return [fill(trial.pack_tokens, seed) for seed in seeds]
-
-
 def build(trial: Trial) -> Trainer:
     """A random model and its optimizer; on a GPU all packs have one length, for flex_attention."""
-    config = clha.Config(
-        model="",
-        train_data="",
-        output_dir="",
-        activation_checkpointing=trial.checkpointing,
-    )
-    config = clha.settle(config, trial.device)
-    policy = lengths.random_policy(lengths.config(trial.model), config, trial.device)
-    return Trainer(config, policy, trial.pack_tokens, fill=trial.device.type == "cuda")
+    clha.init_process()
+    config = clha.settle(clha.Config("", "", "", activation_checkpointing=trial.checkpointing), trial.device)
+    policy = train_step.random_policy(train_step.llama(trial.model), config, trial.device)
+    return Trainer(policy, trial.pack_tokens, fill=trial.device.type == "cuda")
 
 
 def step(trainer: Trainer, way: str, queries: list[clha.Example]) -> dict[str, float]:
@@ -87,7 +74,7 @@ def step(trainer: Trainer, way: str, queries: list[clha.Example]) -> dict[str, f
     if way == "ours":
         return trainer.step(queries)
     policy = trainer.policy
-    train_step.prepare(policy, way)
+    policy.model.set_attn_implementation("sdpa")
     policy.forward = partial(train_step.WAYS[way], policy)  # so that FSDP gathers the weights around it
     loss = torch.zeros((), device=trainer.device)
     for start in range(0, len(queries), TOGETHER[way]):
@@ -101,26 +88,27 @@ def step(trainer: Trainer, way: str, queries: list[clha.Example]) -> dict[str, f
 
 def measure(trial: Trial) -> Row:
     """Seconds of the steps without the first, what they come to, the loss of the last, the most memory."""
-    clha.init_process()
-    queries = batches(trial)
+    row: Row = {"model": trial.model, "way": trial.way}
+    row |= {"checkpointing": trial.checkpointing, "pack_tokens": trial.pack_tokens}
     seconds = []
     try:
         trainer = build(trial)
-        for batch in queries:
+        for batch in trial.batches:
             start = clock(trial.device)
             metrics = step(trainer, trial.way, batch)
             seconds.append(clock(trial.device) - start)
     except torch.OutOfMemoryError:
-        return {"result": "out of memory", "seconds": []}
-    done = list(zip(queries, seconds, strict=True))[1:]
+        return row | {"result": "out of memory", "seconds": []}
+    done = list(zip(trial.batches, seconds, strict=True))[1:]
+    parameters = trainer.policy.model.num_parameters()
     tokens_per_s = statistics.median(sum(query["size"] for query in batch) / took for batch, took in done)
     cuda = trial.device.type == "cuda"
-    return {
+    return row | {
         "result": "done",
-        "parameters": trainer.policy.model.num_parameters(),
+        "parameters": parameters,
         "queries_per_s": statistics.median(len(batch) / took for batch, took in done),
         "tokens_per_s": tokens_per_s,
-        "flops_per_s": 6.0 * trainer.policy.model.num_parameters() * tokens_per_s,
+        "flops_per_s": 6.0 * parameters * tokens_per_s,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "loss": metrics["loss"],
         "grad_norm": metrics["grad_norm"],
@@ -140,15 +128,6 @@ def apart(device: torch.device, function: Callable[..., Any], *arguments: Any) -
 # Stages: each gives rows of a table
 
 
-def logps_and_gradient(policy: clha.Policy, pack: clha.Pack) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probs (B, l) of a pack, and all gradients of the mean of their sums in one row."""
-    policy.zero_grad()
-    sums = policy(pack)
-    sums.mean().backward()
-    gradients = [weight.grad.to_local().flatten() for weight in policy.parameters()]
-    return clha.mean_logps(sums, pack.lengths).detach(), torch.cat(gradients)
-
-
 def numerics(device: torch.device, tokens: int) -> list[Row]:
     """Log-probs and gradients of a small model, with heads as LLaMA-7B's, against SDPA in float32."""
     clha.init_process()
@@ -157,10 +136,15 @@ def numerics(device: torch.device, tokens: int) -> list[Row]:
     expected: list[torch.Tensor] = []
     for dtype in ("float32", "bfloat16"):
         config = clha.settle(clha.Config("", "", "", dtype=dtype), device)
-        policy = lengths.random_policy(lengths.config("24M", head_dim=128), config, device)
+        policy = train_step.random_policy(train_step.llama("24M", head_dim=128), config, device)
         kernels = {"sdpa": 0, "flex": tokens} if device.type == "cuda" else {"sdpa": 0}
         for attention, length in kernels.items():
-            logps, gradient = logps_and_gradient(policy, clha.pack(queries, device, length))
+            pack = clha.pack(queries, device, length)
+            policy.zero_grad()
+            sum_logps = policy(pack)
+            sum_logps.mean().backward()
+            logps = clha.mean_logps(sum_logps, pack.lengths).detach()
+            gradient = torch.cat([weight.grad.to_local().flatten() for weight in policy.parameters()])
             expected = expected or [logps, gradient]
             row = {
                 "dtype": dtype,
@@ -177,13 +161,10 @@ def ways(trial: Trial) -> list[Row]:
 
     Each trains its own weights, so the losses are not quite the same.
     """
-    rows: list[Row] = []
-    for way in ("ours", *TOGETHER):
-        trial.way = way
-        row = {"model": trial.model, "way": way} | apart(trial.device, measure, trial)
-        ours = rows[0]["seconds"] if rows else row["seconds"]
+    rows = [apart(trial.device, measure, replace(trial, way=way)) for way in ("ours", *TOGETHER)]
+    ours = rows[0]["seconds"]
+    for row in rows:
         row["over_ours"] = train_step.median_ratio(row["seconds"], ours) if row["seconds"] and ours else None
-        rows.append(row)
     return rows
 
 
@@ -192,44 +173,35 @@ def sweep(args: Namespace, device: torch.device) -> list[Row]:
     rows = []
     for checkpointing in args.checkpointing:
         for tokens in sorted(args.pack_tokens):
-            trial = Trial("ours", args.model, device, tokens, args.rounds, 0, checkpointing)
-            row = {"checkpointing": checkpointing, "pack_tokens": tokens} | apart(device, measure, trial)
-            rows.append(row)
-            if row["result"] != "done":
+            batches = [fill(tokens, seed) for seed in range(-1, args.rounds)]
+            trial = Trial("ours", args.model, device, tokens, batches, checkpointing)
+            rows.append(apart(device, measure, trial))
+            if rows[-1]["result"] != "done":
                 break
     return rows
 
 
 def profile(trial: Trial) -> str:
-    """A table of the kernels, on a CPU the operations, of our step on a full pack."""
-    clha.init_process()
+    """A table of the kernels, on a CPU the operations, of our second step."""
     trainer = build(trial)
-    queries = fill(trial.pack_tokens, seed=0)
-    trainer.step(queries)  # warms up
+    trainer.step(trial.batches[0])
     with torch.profiler.profile() as found:
-        trainer.step(queries)
+        trainer.step(trial.batches[1])
     column = "self_cuda_time_total" if trial.device.type == "cuda" else "self_cpu_time_total"
     return found.key_averages().table(sort_by=column, row_limit=20, max_name_column_width=60)
 
 
-def show(rows: list[Row], peak_tflops: float) -> None:
-    """Rows as a Markdown table; gives those with a rate their `mfu`."""
+def show(rows: list[Row], peak: float) -> None:
+    """Rows as a Markdown table; gives those with a rate their `mfu`, if the GPU's FLOP/s are known."""
     for row in rows:
-        if peak_tflops and "flops_per_s" in row:
-            row["mfu"] = row["flops_per_s"] / (peak_tflops * 1e12)
+        if peak and "flops_per_s" in row:
+            row["mfu"] = row["flops_per_s"] / peak
     columns = [name for name in rows[0] if name != "seconds"]
-    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    table = [columns]
     for row in rows:
         values = [row.get(name, "") for name in columns]
-        cells = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values]
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def keep(path: Path, row: Row) -> None:
-    """Appends a line to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        table.append([f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values])
+    print(f"\n{evaluate.markdown(table)}", flush=True)
 
 
 STAGES = ("numerics", "ways", "profile", "sweep")
@@ -240,13 +212,12 @@ def parse_args() -> Namespace:
     parser = reward.Parser(description=__doc__)
     flag = parser.add_argument
     flag("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to measure")
-    flag("--model", choices=lengths.MODELS, default="7B", help="a random LLaMA of this size")
+    flag("--model", choices=train_step.MODELS, default="7B", help="a random LLaMA of this size")
     flag("--device", choices=["cuda", "cpu"], default="cuda", help="where")
     flag("--queries", type=int, default=16, help="per step; the paper's 128 are 16 on each of 8 GPUs")
     flag("--rounds", type=int, default=5, help="steps of each kind, after one that warms up")
     flag("--pack_tokens", type=int, nargs="+", default=[8192], help="of `sweep`: lengths of full packs")
     flag("--checkpointing", nargs="+", choices=["full", "none"], default=["full"], help="of `sweep`: each")
-    flag("--peak_tflops", type=float, default=0.0, help="in bfloat16; known for H200, H100, A100, A800")
     flag("--out", type=Path, default=Path("out/bench/gpu.jsonl"), help="gets our rate, for bench.plan")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("rounds",))
@@ -266,22 +237,25 @@ def main() -> None:
     device = torch.device(args.device)
     tokens = 8192 if args.device == "cuda" else 1024
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak_tflops = args.peak_tflops or next((PEAK[name] for name in PEAK if name in gpu), 0)
+    machine = {"machine": gpu, "kind": gpu, "processes": 1, "torch": torch.__version__}
+    peak = next((flops for card, (_, flops) in CARDS.items() if card in gpu.lower()), 0)
     results: dict[str, list[Row]] = {}
     if "numerics" in args.stages:
         results["numerics"] = apart(device, numerics, device, tokens)
-        show(results["numerics"], peak_tflops)
+        show(results["numerics"], peak)
     if "ways" in args.stages:
-        results["ways"] = ways(Trial("ours", args.model, device, tokens, args.rounds, args.queries))
-        show(results["ways"], peak_tflops)
+        batches = [train_step.queries(args.queries, seed) for seed in range(-1, args.rounds)]
+        results["ways"] = ways(Trial("ours", args.model, device, tokens, batches))
+        show(results["ways"], peak)
         if results["ways"][0]["result"] == "done":
-            keep(args.out, results["ways"][0] | {"gpu": gpu, "torch": torch.__version__})
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            reward.append_jsonl(args.out, [results["ways"][0] | machine])
     if "profile" in args.stages:
-        print(apart(device, profile, Trial("ours", args.model, device, tokens, 1)))
+        print(apart(device, profile, Trial("ours", args.model, device, tokens, [fill(tokens, seed=0)] * 2)))
     if "sweep" in args.stages:
         results["sweep"] = sweep(args, device)
-        show(results["sweep"], peak_tflops)
-    print(json.dumps(results | {"gpu": gpu, "torch": torch.__version__}))
+        show(results["sweep"], peak)
+    print(json.dumps(results | machine))
 
 
 if __name__ == "__main__":

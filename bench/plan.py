@@ -11,8 +11,7 @@ measured (bench/rates.jsonl, by bench.rates, and out/bench/gpu.jsonl, by bench.g
 import statistics
 import sys
 import tempfile
-from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,14 +65,6 @@ def fake_processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def filled(examples: list[clha.Example], length: int) -> list[clha.Example]:
-    """Examples of a pack, and one without responses that fills it to a length."""
-    missing = length - sum(example["size"] for example in examples)
-    if missing <= 0:
-        return examples
-    return [*examples, clha.Example(prompt_ids=[0] * missing, response_ids=[], rewards=[])]
-
-
 def memory(
     model: PretrainedConfig, config: clha.Config, examples: list[clha.Example], shards: int, passes: int = 2
 ) -> dict[str, int]:
@@ -89,54 +80,27 @@ def memory(
             policy.to_empty(device="cpu")  # until here address space was taken, and no memory
             policy.model.tie_weights()
             optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-            # The tracker would count what DTensor allocates when it meets an operation for the first time.
-            run_step(policy, optimizer, batch, 1)
-            tracker = FSDPMemTracker(policy, optimizer)
-            with tracker:
-                run_step(policy, optimizer, batch, min(passes, 2), tracker)
+            # A step first, as the tracker would count what DTensor allocates when an operation is new to it.
+            policy(batch).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with FSDPMemTracker(policy, optimizer) as tracker:
+                for _ in range(min(passes, 2)):
+                    policy(batch).sum().backward()
+                    tracker.reset_mod_stats()  # it wants to be told of each further pass
+                optimizer.step()
+                optimizer.zero_grad()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return {part: peak.get(part, 0) for part in PARTS}
 
 
-def run_step(
-    policy: clha.Policy,
-    optimizer: torch.optim.Optimizer,
-    batch: clha.Pack,
-    passes: int,
-    tracker: FSDPMemTracker | None = None,
-) -> None:
-    """An optimizer step of so many passes over the same pack."""
-    for _ in range(passes):
-        policy(batch).sum().backward()
-        if tracker:
-            tracker.reset_mod_stats()  # it wants to be told of each further pass
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Tokens and work
+# Work and hours
 
 
-def released_tokens(examples: Iterable[clha.Example]) -> int:
+def released_tokens(longest: list[int], candidates: list[int]) -> int:
     """Tokens that the released loop computes: a row per candidate, padded to the longest of two queries."""
-    longest = []
-    candidates = []
-    for example in examples:
-        responses = [len(ids) for ids in example["response_ids"]]
-        longest.append(len(example["prompt_ids"]) + max(responses))
-        candidates.append(len(responses))
     return sum(max(longest[i : i + 2]) * sum(candidates[i : i + 2]) for i in range(0, len(longest), 2))
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Of a model, from its config.json alone."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The plan
 
 
 @dataclass
@@ -192,6 +156,7 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
     with fake_processes(nproc):
         run = prepare(config, torch.device("cpu" if kind == "cpu" else "cuda"))
     sizes = list(run.examples["size"])
+    candidates = [len(ids) for ids in run.examples["response_ids"]]
     packs = []
     passes = []
     for step in run.order[:50]:
@@ -200,19 +165,22 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
         passes.append(len(shares) // nproc)
     largest = max(packs, key=lambda pack: sum(sizes[i] for i in pack))
     batch = [run.examples[i] for i in largest]
-    if run.fill:
-        batch = filled(batch, run.limit)
+    if run.fill:  # a query without responses fills the pack
+        missing = run.limit - sum(sizes[i] for i in largest)
+        batch.append({"prompt_ids": [0] * missing, "response_ids": [], "rewards": []})
     real = sum(sizes[i] for pack in packs for i in pack)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(run.model).num_parameters()
     return Plan(
         model=config.model,
         kind=kind,
         nproc=nproc,
-        parameters=count_parameters(run.model),
+        parameters=parameters,
         memory=memory(run.model, run.config, batch, nproc // config.replicate, max(passes)),
         pack=clha.pack(batch).input_ids.shape[1],
         queries=len(sizes),
         epoch_tokens=sum(sizes),
-        released_tokens=released_tokens(run.examples),
+        released_tokens=released_tokens(list(run.examples["longest"]), candidates),
         steps=len(run.order),
         passes=statistics.mean(passes),
         tokens=sum(sizes[i] for step in run.order for i in step),
@@ -220,61 +188,36 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hours
-
-
-def read_rates(paths: list[Path]) -> list[dict[str, Any]]:
-    """The rows of the files that are there. Raises InputError for one without a rate."""
-    rows = []
-    for path in paths:
-        for number, row in clha.read_jsonl(path) if path.is_file() else ():
-            rate = row.get("flops_per_s")
-            kind = row.get("kind") or row.get("gpu")
-            if not isinstance(rate, int | float) or not 0 < rate < 1e20 or not isinstance(kind, str):
-                raise clha.InputError(
-                    f"{path}, line {number}: not a rate, with flops_per_s and kind (or gpu)"
-                )
-            rows.append(row | {"kind": kind})
-    return rows
-
-
-def find_rate(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
+def find_rate(rates: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
     """The rate of this kind of machine nearest to a run, by processes and then by the model's size."""
 
-    def distance(row: dict[str, Any]) -> tuple[bool, int]:
-        return row.get("processes", 1) != plan.nproc, abs(row.get("parameters", 0) - plan.parameters)
+    def distance(rate: dict[str, Any]) -> tuple[bool, int]:
+        return rate["processes"] != plan.nproc, abs(rate["parameters"] - plan.parameters)
 
-    rows = [row for row in rows if plan.kind in row["kind"].lower()]
-    return min(rows, key=distance, default=None)
-
-
-def seconds(rate: dict[str, Any], plan: Plan) -> float:
-    """How long a run takes at a rate, which is of all its processes."""
-    return plan.flops / (rate["flops_per_s"] / rate.get("processes", 1) * plan.nproc)
+    return min((rate for rate in rates if plan.kind in rate["kind"].lower()), key=distance, default=None)
 
 
-def hours(plan: Plan, rates: list[dict[str, Any]], mfu: float) -> str:
+def time_at(flops_per_s: float, plan: Plan) -> str:
+    """How long a run takes at this rate of each of its processes."""
+    hours = plan.flops / flops_per_s / plan.nproc / 3600
+    return f"{hours:.3g} hours, {hours * plan.nproc:.3g} of a process"
+
+
+def hours(plan: Plan, mfu: float) -> str:
     """Hours by a measured rate, and by an assumed one."""
-    rate = find_rate(rates, plan)
+    rate = find_rate([row for path in RATES if path.exists() for _, row in clha.read_jsonl(path)], plan)
     text = f"Time: no rate of {plan.kind} is measured yet; `python -m bench.gpu` on one measures it."
     if rate:
-        took = seconds(rate, plan) / 3600
-        text = (
-            f"Time: {took:.3g} hours, {took * plan.nproc:.3g} of a process, at the rate measured with "
-            f"{rate['model']} on {rate.get('processes', 1)} process(es) of {rate.get('machine', plan.kind)}."
-        )
-    peak_flops = CARDS[plan.kind][1]
-    if mfu and peak_flops:
-        took = plan.flops / (mfu * peak_flops * plan.nproc) / 3600
-        text += (
-            f"\nAssumed, not measured: at {mfu:.0%} of {peak_flops / 1e12:,.0f} TFLOP/s, {took:.3g} hours, "
-        )
-        text += f"{took * plan.nproc:.3g} GPU-hours."
+        text = f"Time: {time_at(rate['flops_per_s'] / rate['processes'], plan)}, at the rate measured with "
+        text += f"{rate['model']} on {rate['processes']} process(es) of {rate['machine']}."
+    _, peak = CARDS[plan.kind]
+    if mfu and peak:
+        text += f"\nAssumed, not measured: at {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, "
+        text += f"{time_at(mfu * peak, plan)}."
     return text
 
 
-def report(plan: Plan, rates: list[dict[str, Any]], mfu: float) -> str:
+def report(plan: Plan, mfu: float) -> str:
     """The plan as Markdown."""
     total = sum(plan.memory.values())
     room = CARDS[plan.kind][0]
@@ -303,31 +246,22 @@ Not counted: context, NCCL, workspaces of kernels, what the allocator leaves unu
 | FLOPs, 6 per parameter and token | {plan.flops:.3g} |
 | disk for three checkpoints, two and one being written, GB | {3 * 12 * plan.parameters / 1e9:,.1f} |
 
-{hours(plan, rates, mfu)}"""
+{hours(plan, mfu)}"""
 
 
-def parse(argv: list[str], folder: str) -> tuple[clha.Config, Namespace]:
-    """clha.py's settings, with `folder` for what it would write, and ours."""
+def main() -> None:
+    """Plans a run, of clha.py's settings."""
     parser = reward.Parser(clha.Config, description=__doc__)
     flag = parser.add_argument
     flag("--gpu", choices=CARDS, default="h200", help="the card, or cpu")
     flag("--nproc", type=int, default=8, metavar="N", help="processes, one per card")
     flag("--mfu", type=float, default=0.0, metavar="F", help="share of the card's FLOP/s that is assumed")
-    flag("--rates", nargs="+", type=Path, default=RATES, metavar="FILE", help="of measured rates")
-    config, args = parser.parse_args_into_dataclasses([*argv, "--output_dir", folder])
-    if not 1 <= args.nproc < 2**20:
-        raise clha.InputError(f"--nproc {args.nproc}: must be 1 or more")
-    if not 0 <= args.mfu <= 1:
-        raise clha.InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
-    return config, args
-
-
-def main() -> None:
-    """Plans a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        config, args = parse(sys.argv[1:], folder)
-        rates = read_rates(args.rates)
-        print(report(make_plan(config, args.gpu, args.nproc), rates, args.mfu))
+    with tempfile.TemporaryDirectory() as folder:  # gets the tokens
+        config, args = parser.parse_args_into_dataclasses([*sys.argv[1:], "--output_dir", folder])
+        reward.check_numbers(args, positive=("nproc",))
+        if not 0 <= args.mfu <= 1:
+            raise clha.InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
+        print(report(make_plan(config, args.gpu, args.nproc), args.mfu))
 
 
 if __name__ == "__main__":

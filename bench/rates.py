@@ -26,40 +26,31 @@ import torch.distributed as dist
 
 import clha
 import reward
-from bench import lengths
+from bench import train_step
 from bench.plan import make_plan, prepare
-from bench.train_step import rss
 from study import toy
 
 ROOT = Path(__file__).parents[1]
 
-# ------------------------------------------------------------------------------------------------------------
-# A rate
-
 
 class Trainer:
-    """The steps of `clha.train`, with random weights."""
+    """The steps of `clha.train`: in packs of at most `limit` tokens, filled to them for flex_attention."""
 
-    def __init__(self, config: clha.Config, policy: clha.Policy, limit: int, fill: bool) -> None:
-        self.config = config
+    def __init__(self, policy: clha.Policy, limit: int, fill: bool) -> None:
         self.policy = policy
-        self.limit = limit  # tokens of a pack
-        self.fill = fill  # packs to it, for flex_attention
         self.device = policy.model.device
+        self.packs_of = partial(clha.make_packs, device=self.device, limit=limit, fill=fill, group=1)
         fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, fused=fused)
-        self.loss_fn = partial(
-            clha.clha_loss, margin=config.margin, min_reward_gap=config.min_reward_gap, alpha=0.05
-        )
+        self.optimizer = torch.optim.AdamW(policy.parameters(), clha.Config.learning_rate, fused=fused)
 
     def step(self, examples: list[clha.Example]) -> dict[str, float]:
         """An optimizer step, as one process of clha.py takes it, and its metrics."""
-        packs = clha.make_packs(examples, self.device, self.limit, self.fill, group=1)
-        return clha.run_batch(self.policy, packs, self.loss_fn, train=True) | self.update()
+        loss_fn = partial(clha.clha_loss, **train_step.SETTINGS)
+        return clha.run_batch(self.policy, self.packs_of(examples), loss_fn, train=True) | self.update()
 
     def update(self) -> dict[str, float]:
         """Clipping and AdamW."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clha.Config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {"grad_norm": norm.full_tensor().item()}
@@ -79,9 +70,9 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
         os.sched_setaffinity(0, {rank})  # else the processes move about, and wait for each other
     run = prepare(config, device)
     gc.collect()
-    before = rss("VmRSS")
-    policy = lengths.random_policy(run.model, run.config, device)
-    trainer = Trainer(run.config, policy, run.limit, run.fill)
+    before = train_step.rss("VmRSS")
+    policy = train_step.random_policy(run.model, run.config, device)
+    trainer = Trainer(policy, run.limit, run.fill)
     per_s = []
     for number in range(steps + 1):
         if number == 1 and device.type == "cpu":  # AdamW's moments are there now
@@ -92,7 +83,7 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
         start = clock(device)
         trainer.step(batch)
         per_s.append(sum(example["size"] for example in batch) / (clock(device) - start))
-    peak = rss("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
+    peak = train_step.rss("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
     peaks: list[Any] = [None] * processes
     dist.all_gather_object(peaks, peak)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
@@ -113,47 +104,34 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Plans against what happens
-
-
 def stand_in(folder: Path, name: str) -> tuple[Path, Path]:
-    """A model folder without weights, of lengths.MODELS, and records as long as HH's: for trials."""
+    """A model folder without weights, of train_step.MODELS, and records as long as HH's: for trials."""
     model = folder / name
     data = folder / "data.jsonl"
+    words = ["the"] * 400  # a token each
     rows = []
-    for prompt, *responses in lengths.HH_LENGTHS:
-        row = {
-            "prompt": [{"role": "user", "content": words(max(1, prompt - 21))}],
-            "responses": [words(response - 1) for response in responses],
-            "rewards": [1.0, -1.0],
-        }
-        rows.append(row)
+    for prompt, *responses in train_step.HH_LENGTHS:
+        content = " ".join(words[: max(1, prompt - 21)])
+        texts = [" ".join(words[: response - 1]) for response in responses]
+        turns = [{"role": "user", "content": content}]
+        rows.append({"prompt": turns, "responses": texts, "rewards": [1.0, -1.0]})
     reward.write_jsonl(data, rows)
-    lengths.config(name).save_pretrained(model)
+    train_step.llama(name).save_pretrained(model)
     toy.train_tokenizer([" the" * 9]).save_pretrained(model)
     return model, data
 
 
-def words(number: int) -> str:
-    """A text of so many tokens."""
-    return " ".join(["the"] * number)
-
-
-def launch(flags: list[str], processes: int, out: Path) -> dict[str, Any]:
+def launch(flags: list[str], processes: int) -> dict[str, Any]:
     """The row that this program measures in processes of its own, one thread each."""
-    command = [sys.executable, "-m", "bench.rates", "--rates", str(out), *flags]
-    if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-        command[2:2] = torchrun
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *torchrun, "-m", "bench.rates", "--rates", os.devnull, *flags]
     # Large blocks go back to the system when they are freed: the peak is what was alive, not a heap's size.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | malloc
-    out.unlink(missing_ok=True)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise clha.InputError(f"a trial failed: {result.stderr[-600:]}")
-    return json.loads(out.read_text())
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def check(args: Namespace, settings: list[str]) -> None:
@@ -164,13 +142,9 @@ def check(args: Namespace, settings: list[str]) -> None:
             for name in args.models:
                 flags = ["--models", name, "--steps", str(args.steps), *settings]
                 planned = sum(make_plan(parse(flags, folder)[1], "cpu", processes).memory.values())
-                peak = max(launch(flags, processes, Path(folder) / "rate.jsonl")["peak"])
+                peak = max(launch(flags, processes)["peak"])
                 cells = f"{planned / 1e6:.0f} | {peak / 1e6:.0f} | {planned / peak - 1:+.1%}"
                 print(f"| {name} | {processes} | {cells} |", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 def parse(argv: list[str], folder: str) -> tuple[Namespace, clha.Config | None, list[str]]:
@@ -179,7 +153,7 @@ def parse(argv: list[str], folder: str) -> tuple[Namespace, clha.Config | None, 
     flag = parser.add_argument
     flag("--rates", type=Path, default=ROOT / "bench" / "rates.jsonl", help="gets a line")
     flag("--check", action="store_true", help="plan, train and compare on this machine")
-    flag("--models", nargs="+", choices=lengths.MODELS, default=lengths.SMALL, help="without --model")
+    flag("--models", nargs="+", choices=train_step.MODELS, default=train_step.SMALL, help="without --model")
     flag("--processes", nargs="+", type=int, default=[1, 2], metavar="N", help="of --check")
     flag("--steps", type=int, default=3, metavar="N", help="of a trial")
     args, settings = parser.parse_known_args(argv)
@@ -202,10 +176,9 @@ def main() -> None:
             return
         row = measure(config, args.steps)
         if dist.get_rank() == 0:
-            args.rates.parent.mkdir(parents=True, exist_ok=True)
-            with args.rates.open("a") as file:
-                file.write(json.dumps(row) + "\n")
             print(json.dumps(row))
+            args.rates.parent.mkdir(parents=True, exist_ok=True)
+            reward.append_jsonl(args.rates, [row])
 
 
 if __name__ == "__main__":

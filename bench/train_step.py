@@ -15,6 +15,7 @@ line is JSON.
 
 import json
 import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,17 +25,78 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import clha
 import reward
-from bench import lengths
 
-# clha.py's defaults; alpha as it is for two responses
-SETTINGS = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
+# ------------------------------------------------------------------------------------------------------------
+# Models and queries to measure with, here and in the other programs
+
+# prompt/chosen/rejected of 64 HH-RLHF dev queries, in LLaMA tokens with EOS, cut as in clha.py
+_LENGTHS = """
+26/15/4 31/72/288 384/83/32 195/31/14 189/11/18 27/27/9 173/7/145 18/14/16 371/12/2 138/30/23 273/17/16
+27/6/33 23/89/161 245/136/120 139/104/81 67/34/53 154/32/72 237/47/98 20/226/253 117/71/22 127/31/49
+311/102/134 23/21/17 115/67/29 69/97/16 27/30/21 138/225/13 321/70/63 146/27/27 43/158/99 216/36/18 239/6/6
+36/61/282 318/90/118 261/55/85 384/128/128 384/41/47 26/45/59 155/117/111 108/39/27 33/73/184 171/13/9
+211/58/44 106/81/22 384/128/128 119/23/37 127/29/26 24/53/20 155/138/37 107/38/26 167/28/36 162/87/29
+70/73/13 98/147/37 82/46/38 384/128/128 384/128/116 16/3/2 83/11/80 384/109/128 384/17/69 129/89/14
+363/133/74 119/32/56
+"""
+HH_LENGTHS = [tuple(map(int, query.split("/"))) for query in _LENGTHS.split()]
+
+MODELS = {  # hidden size, layers, heads, intermediate size; with LLaMA's vocabulary of 32,000
+    "2M": (32, 2, 2, 64),
+    "24M": (320, 3, 5, 864),
+    "58M": (512, 8, 8, 1376),
+    "1.3B": (2048, 24, 16, 5504),
+    "7B": (4096, 32, 32, 11008),
+}
+SMALL = ["24M", "58M"]  # those that a CPU measures
+
+
+def llama(name: str, **more: Any) -> LlamaConfig:
+    """A LLaMA of one of these sizes."""
+    hidden, layers, heads, intermediate = MODELS[name]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=1024,
+        **more,
+    )
+
+
+def queries(number: int, seed: int) -> list[clha.Example]:
+    """Encoded queries of random tokens with the lengths of real ones and standard normal rewards."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for i in range(number):
+        lengths = rng.choice(HH_LENGTHS)
+        rewards = sorted((rng.gauss(0, 1) for _ in lengths[1:]), reverse=True)
+        ids = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
+        size = {"size": sum(lengths), "longest": lengths[0] + max(lengths[1:])}
+        example = {"prompt_ids": ids[0], "response_ids": ids[1:], "rewards": rewards, "id": str(i)}
+        examples.append(example | size)
+    return examples
+
+
+def random_policy(model: PretrainedConfig, config: clha.Config, device: torch.device) -> clha.Policy:
+    """`clha.build_policy` with random weights, the same every time; of no other use than to be measured."""
+    policy = clha.build_policy(model, config, device)
+    torch.manual_seed(0)
+    policy.model.init_weights()
+    return policy
+
 
 # ------------------------------------------------------------------------------------------------------------
 # The five ways
+
+# clha.py's defaults; alpha as it is for two responses
+SETTINGS = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
 
 
 def loss_of(sum_logps: Tensor, counts: Tensor, examples: list[clha.Example]) -> Tensor:
@@ -112,12 +174,9 @@ def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {
-    "padded": padded,
-    "concatenated": concatenated,
-    "ours": ours,
-    "floor": floor,
-    "rows": rows,
+    way.__name__: way for way in (padded, concatenated, ours, floor, rows)
 }
+RATIOS = [("padded", "ours"), ("concatenated", "ours"), ("ours", "floor"), ("rows", "ours")]
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -126,18 +185,13 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 def build(name: str) -> clha.Policy:
     """A random LLaMA, the same every time."""
     torch.manual_seed(0)
-    return clha.Policy(LlamaForCausalLM(lengths.config(name)).train())
-
-
-def prepare(policy: clha.Policy, way: str) -> None:
-    """Packs set their own attention; the other ways need the usual one again."""
-    if way not in ("ours", "rows"):
-        policy.model.set_attn_implementation("sdpa")
+    return clha.Policy(LlamaForCausalLM(llama(name)).train())
 
 
 def step(way: str, policy: clha.Policy, examples: list[clha.Example]) -> float:
     """Seconds of a forward and backward pass."""
-    prepare(policy, way)
+    if way not in ("ours", "rows"):  # packs set their own attention; the others need the usual one again
+        policy.model.set_attn_implementation("sdpa")
     policy.zero_grad()
     start = time.perf_counter()
     WAYS[way](policy, examples).backward()
@@ -153,7 +207,7 @@ def rss(name: str) -> int:
 def peak_memory(way: str, name: str, number: int) -> float:
     """GiB that one step takes at its peak beyond the model, measured in a fresh process."""
     policy = build(name)
-    examples = lengths.queries(number, seed=0)
+    examples = queries(number, seed=0)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = rss("VmHWM")
     step(way, policy, examples)
@@ -165,18 +219,6 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
-def paired_steps(policy: clha.Policy, number: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of each way's steps, all ways in turn on the same queries."""
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed in range(-1, steps):
-        examples = lengths.queries(number, seed)
-        for way in WAYS:
-            seconds = step(way, policy, examples)
-            if seed >= 0:  # the first round warms up
-                times[way].append(seconds)
-    return times
-
-
 def measure(name: str, number: int, steps: int) -> dict[str, Any]:
     """Ratios and peak memory of one model at one batch size."""
     memory = {}
@@ -184,39 +226,34 @@ def measure(name: str, number: int, steps: int) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory[way] = round(pool.apply(peak_memory, (way, name, number)), 3)
     policy = build(name)
-    times = paired_steps(policy, number, steps)
-    return {
-        "model": name,
-        "parameters": policy.model.num_parameters(),
-        "queries": number,
-        "steps": steps,
-        "padded_over_ours": round(median_ratio(times["padded"], times["ours"]), 3),
-        "concatenated_over_ours": round(median_ratio(times["concatenated"], times["ours"]), 3),
-        "ours_over_floor": round(median_ratio(times["ours"], times["floor"]), 3),
-        "rows_over_ours": round(median_ratio(times["rows"], times["ours"]), 3),
-        "peak_memory_gib": memory,
-    }
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for seed in range(-1, steps):  # the first round warms up
+        examples = queries(number, seed)
+        for way in WAYS:
+            seconds[way].append(step(way, policy, examples))
+    parameters = policy.model.num_parameters()
+    row = {"model": name, "parameters": parameters, "queries": number, "steps": steps}
+    for way, other in RATIOS:
+        row[f"{way}_over_{other}"] = round(median_ratio(seconds[way][1:], seconds[other][1:]), 3)
+    return row | {"peak_memory_gib": memory}
 
 
 def main() -> None:
     """Measures every model at every batch size and prints a table and JSON."""
     parser = reward.Parser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=lengths.MODELS, default=lengths.SMALL, help="sizes")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=SMALL, help="sizes")
     parser.add_argument("--queries", nargs="+", type=int, default=[2, 8], help="queries per step")
     parser.add_argument("--steps", type=int, default=7, help="paired steps")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("steps",))
-    ratios = ("padded_over_ours", "concatenated_over_ours", "ours_over_floor", "rows_over_ours")
     results = []
-    print(
-        "| model | queries | padded / ours | concatenated / ours | ours / floor | rows / ours | "
-        "peak GiB of the five, as in --help |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    columns = ["model", "queries", *map(" / ".join, RATIOS), "peak GiB of the five, as in --help"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in args.models:
         for number in args.queries:
             row = measure(name, number, args.steps)
             results.append(row)
-            cells = [name, number, *(row[ratio] for ratio in ratios)]
+            cells = [name, number, *(row[f"{way}_over_{other}"] for way, other in RATIOS)]
             cells.append(", ".join(f"{value:.2f}" for value in row["peak_memory_gib"].values()))
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(json.dumps(results))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 import clha
 import reward
-from bench import lengths, plan, rates
+from bench import plan, rates, train_step
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_memory_by_part_by_hand() -> None:
         intermediate_size=48,
         num_attention_heads=4,
     )
-    queries = lengths.queries(1, seed=1)
+    queries = train_step.queries(1, seed=1)
     layer = 4 * 256**2 + 3 * 256 * 48 + 2 * 256
     weights = 4 * (2 * layer + 2 * 4096 * 256 + 256)
     tensors = 2 * 9 + 3
@@ -56,21 +56,11 @@ def test_memory_by_part_by_hand() -> None:
     assert found[1, "none"] - found[1, "full"] > kept / 2
 
 
-def test_a_pack_is_filled_by_a_query_without_responses() -> None:
-    queries = lengths.queries(2, seed=0)
-    total = sum(query["size"] for query in queries)
-    batch = clha.pack(plan.filled(queries, total + 100))
-    assert batch.input_ids.shape == (1, total + 100)
-    assert batch.lengths.sum() == clha.pack(queries).lengths.sum()
-    assert plan.filled(queries, total - 1) == queries
-
-
 def test_tokens_of_the_released_loop_by_hand() -> None:
-    queries = [
-        {"prompt_ids": [1] * prompt, "response_ids": [[1] * n for n in responses]}
-        for prompt, responses in [(10, [5, 2]), (3, [4, 1]), (2, [2, 6])]
-    ]
-    assert plan.released_tokens(queries) == 4 * 15 + 2 * 8  # rows of the first two, then of the third
+    longest = [15, 7, 8]
+    assert (
+        plan.released_tokens(longest, [2, 2, 3]) == 4 * 15 + 3 * 8
+    )  # rows of the first two, then of the third
 
 
 def plan_of(**more: Any) -> plan.Plan:
@@ -84,8 +74,8 @@ def test_hours_of_a_rate_by_hand() -> None:
     rate = {"kind": "NVIDIA H200", "flops_per_s": 6e12, "processes": 2, "parameters": 99}  # 3e12 per process
     wanted = plan_of()
     assert wanted.flops == 1.5 * 6e15
-    assert plan.seconds(rate, wanted) == 1.5 * 6e15 / 12e12
-    small = {"kind": "NVIDIA H200", "flops_per_s": 1, "parameters": 10}
+    assert plan.time_at(3e12, wanted) == "0.208 hours, 0.833 of a process"  # 9e15 / 12e12 = 750 s
+    small = {"kind": "NVIDIA H200", "flops_per_s": 1, "processes": 1, "parameters": 10}
     assert plan.find_rate([small, rate], plan_of(nproc=1, parameters=90)) == small
     assert plan.find_rate([small, rate], plan_of(nproc=2, parameters=10)) == rate
     assert plan.find_rate([small, rate], plan_of(kind="a800")) is None
@@ -94,11 +84,13 @@ def test_hours_of_a_rate_by_hand() -> None:
 def test_a_plan_reads_no_weights(
     files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    flags = "--gpu a800 --nproc 4 --replicate 2 --mfu 0.5 --rates"
-    run(plan, [*files, *flags.split(), str(tmp_path / "none")], monkeypatch)
+    monkeypatch.setattr(plan, "RATES", [tmp_path / "none"])
+    flags = "--gpu a800 --nproc 4 --replicate 2 --mfu 0.5"
+    run(plan, [*files, *flags.split()], monkeypatch)
     text = capsys.readouterr().out
     assert "no rate of a800 is measured yet; `python -m bench.gpu`" in text
     assert "Assumed, not measured: at 50% of 312 TFLOP/s" in text
+    assert "(1.0 passes, 128 tokens in the largest pack)" in text  # filled to a tile
     assert "| queries | 8 |" in text
     assert "| steps, and tokens in all of them | 4," in text
 
@@ -106,33 +98,31 @@ def test_a_plan_reads_no_weights(
 def test_a_measured_rate_gives_hours(
     files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    file = ["--rates", str(tmp_path / "rates.jsonl")]
-    run(rates, ["--steps", "1", *files, *file], monkeypatch)
+    monkeypatch.setattr(plan, "RATES", [tmp_path / "rates.jsonl"])
+    run(rates, ["--steps", "1", *files, "--rates", str(tmp_path / "rates.jsonl")], monkeypatch)
     row = json.loads(capsys.readouterr().out)
     assert row == json.loads((tmp_path / "rates.jsonl").read_text())
     assert row["processes"] == 1
     assert row["flops_per_s"] == pytest.approx(6 * row["parameters"] * row["tokens_per_s"], rel=0.01)
     torch.distributed.destroy_process_group()
-    run(plan, ["--gpu", "cpu", "--nproc", "1", *files, *file], monkeypatch)
+    run(plan, ["--gpu", "cpu", "--nproc", "1", *files], monkeypatch)
     assert "hours" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "line"),
     [
-        (plan, "--nproc 0", "--nproc 0: must be 1 or more"),
+        (plan, "--nproc 0", "--nproc 0: must be a finite number of 1 or more"),
         (plan, "--mfu 40", "--mfu 40.0: must be 0 to 1, a share of the card's FLOP/s"),
         (plan, "--nproc 3 --replicate 2", "--replicate 2: must divide the 3 processes"),
         (plan, "--gpu abacus", "--gpu: invalid choice"),
         (plan, "--max_length 9", "--max_prompt_length 384: must be less than --max_length"),
-        (plan, "--rates {wrong}", "line 1: not a rate, with flops_per_s and kind (or gpu)"),
         (rates, "--steps 0", "--steps 0: must be"),
     ],
 )
 def test_wrong_input_is_told_in_a_line(
-    module: Any, flags: str, line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, flags: str, line: str, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wrong").write_text('{"kind": "h200", "flops_per_s": "fast"}\n')
     with pytest.raises(clha.InputError) as error:
-        run(module, [*files, *flags.format(wrong=tmp_path / "wrong").split()], monkeypatch)
+        run(module, [*files, *flags.split()], monkeypatch)
     assert line in str(error.value)

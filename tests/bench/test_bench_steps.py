@@ -11,21 +11,21 @@ import pytest
 import torch
 
 import clha
-from bench import gpu, lengths, train_step
+from bench import gpu, train_step
 
 CPU = torch.device("cpu")
 
 
 def shortest(number: int) -> list[clha.Example]:
     """A few short queries."""
-    return sorted(lengths.queries(24, seed=0), key=lambda query: query["size"])[:number]
+    return sorted(train_step.queries(24, seed=0), key=lambda query: query["size"])[:number]
 
 
 def test_all_ways_of_a_step_have_one_loss() -> None:
     policy = train_step.build("2M")
     losses = {}
     for way in ("padded", "concatenated", "ours", "rows"):
-        train_step.prepare(policy, way)
+        policy.model.set_attn_implementation("sdpa")  # packs choose their own
         losses[way] = train_step.WAYS[way](policy, shortest(3)).item()
     assert losses == pytest.approx(dict.fromkeys(losses, losses["ours"]), rel=1e-5)
 
@@ -37,7 +37,7 @@ def test_the_bare_step_has_as_many_tokens() -> None:
     hook = policy.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    train_step.prepare(policy, "floor")
+    policy.model.set_attn_implementation("sdpa")
     train_step.floor(policy, queries)
     hook.remove()
     assert seen[0]["input_ids"].shape == (2, queries[0]["size"])
@@ -68,7 +68,8 @@ def test_a_run_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     flags = "--stages ways profile sweep --model 2M --device cpu --queries 1 --rounds 1 --pack_tokens 640"
-    flags += f" --checkpointing none --peak_tflops 0.5 --out {tmp_path}/gpu.jsonl"
+    flags += f" --checkpointing none --out {tmp_path}/gpu.jsonl"
+    monkeypatch.setitem(gpu.CARDS, "cpu", (0, 0.5e12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu", *flags.split()])
     gpu.main()
@@ -83,11 +84,18 @@ def test_a_run_without_a_gpu(
         assert row["flops_per_s"] == pytest.approx(6 * 2068640 * row["tokens_per_s"])
         assert row["mfu"] == pytest.approx(row["flops_per_s"] / 0.5e12)
         assert row["over_ours"] == pytest.approx(row["seconds"][0] / ours["seconds"][0])
-    assert f"| 2M | padded | done | 2068640 | {padded['queries_per_s']:,.4g} |" in printed
-    assert [row["result"] for row in results["sweep"]] == ["done"]
+    assert f"| 2M | padded | full | 1024 | done | 2068640 | {padded['queries_per_s']:,.4g} |" in printed
+    [full] = results["sweep"]
+    assert (full["checkpointing"], full["pack_tokens"], full["result"]) == ("none", 640, "done")
     rate = json.loads((tmp_path / "gpu.jsonl").read_text())
-    assert rate["gpu"] == "CPU"
-    assert rate["flops_per_s"] == ours["flops_per_s"]
+    assert (rate["kind"], rate["processes"], rate["flops_per_s"]) == ("CPU", 1, ours["flops_per_s"])
+
+
+def test_log_probs_and_gradients_are_compared_with_float32() -> None:
+    exact, rounded = gpu.numerics(CPU, tokens=640)
+    assert (exact["logps_apart_by_nats_per_token"], exact["gradient_apart_by_share"]) == (0, 0)
+    assert 0 < rounded["logps_apart_by_nats_per_token"] < 0.01
+    assert 0 < rounded["gradient_apart_by_share"] < 0.1
 
 
 def test_a_way_that_runs_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +108,10 @@ def test_a_way_that_runs_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch)
         return {"loss": 1.0, "grad_norm": 1.0}
 
     monkeypatch.setattr(gpu, "step", too_large)
-    rows = gpu.ways(gpu.Trial("ours", "2M", CPU, 1024, rounds=1, queries=1))
+    rows = gpu.ways(gpu.Trial("ours", "2M", CPU, 1024, [shortest(1)] * 2))
     assert [row["result"] for row in rows] == ["done", "out of memory", "done"]
     assert rows[1]["over_ours"] is None
-    gpu.show(rows, peak_tflops=1.0)  # with empty cells
+    gpu.show(rows, peak=1e12)  # with empty cells
 
 
 @pytest.mark.parametrize(
