@@ -258,8 +258,9 @@ def evaluate_run(world: World, name: str, model: Path, seed: int, reward_model: 
     responses = folder / "responses.jsonl"
     evaluate.write_responses(str(model), records, responses, **options)
     if world.rm_train:  # the toy world
-        toy.add_gold(world.test_data, responses, folder / "with_gold.jsonl")
-        responses = folder / "with_gold.jsonl"
+        with_gold = folder / "with_gold.jsonl"
+        toy.add_gold(str(world.test_data), str(responses), with_gold)
+        responses = with_gold
     summary = evaluate.score_file(str(responses), records, reward_model, folder / "eval")["Total"]
     row: Record = {"world": world.name, "seed": seed, "run": name}
     for score_name in ("gold", "reward", "char_bleu"):
