@@ -24,7 +24,7 @@ What some of them need besides rewards is written into the records first, by a s
 | --- | --- | --- |
 | labels | sft on the human choice | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
-| hindsight | coh | two texts as responses, of the best and the worst one |
+| hindsight | coh | two texts of the best and the worst; generate with --response_prefix "Good answer:" |
 | reference | dpo | "reference_logps", by --model MODEL; torchrun shares the work |
 """
 
@@ -126,10 +126,7 @@ def dpo(
     reference_logps: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l).
-
-    For two responses this is -log sigmoid of the difference of their scores, Eq. 7 of the DPO paper.
-    """
+    """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l)."""
     scores = beta * (sum_logps - reference_logps)
     return plackett_luce(scores, rewards.isfinite()) + sft_weight * best_nll(sum_logps, rewards)
 
@@ -290,10 +287,7 @@ def ranked(record: Record) -> Record:
 
 
 def hindsight(record: Record) -> Record:
-    """A record whose two responses are texts of chain of hindsight: best and worst response, either first.
-
-    `evaluate.py generate --response_prefix "Good answer:"` asks the trained model for a good one.
-    """
+    """A record whose two responses are texts of chain of hindsight: best and worst response, either first."""
     responses = clha.rank(record)["responses"]
     good = f"{GOOD} {responses[0]}"
     bad = f"{BAD} {responses[-1]}"

@@ -142,10 +142,7 @@ def read_key(path: str) -> Record:
 
 
 def read_votes(path: str, key: Record) -> tuple[str, dict[str, str]]:
-    """An annotator's name and votes {item: "win", "tie" or "lose"} for the first model of a key.
-
-    Raises InputError for answers to another sheet, and for an item or an answer that does not exist.
-    """
+    """An annotator's name and votes {item: "win", "tie" or "lose"} for the first model. Raises InputError."""
     need = {"sheet": str, "annotator": str, "answers": dict}
     file = reward.read_json(path, need, "a file of answers")
     if file["sheet"] != key["sheet"]:

@@ -293,11 +293,7 @@ def anatomy(responses: Path) -> dict[str, float]:
 
 
 def rescoring(records: list[Record]) -> dict[str, float]:
-    """What rescoring sees of scored toy records, as shares of their pairs and queries.
-
-    Are the pairs it keeps in their true order, and is the best response good (gold above 0) where the gate is
-    open? Pairs of equal gold are left out.
-    """
+    """What rescoring sees of scored toy records: shares of queries, and of pairs whose gold differs."""
     ranked = [clha.rank(record) for record in records]
     rewards = torch.tensor([record["rewards"] for record in ranked])  # (B, l)
     gold = torch.tensor([[toy.gold(row["prompt"], text) for text in row["responses"]] for row in ranked])

@@ -164,12 +164,8 @@ def task_of(prompt: list[Turn]) -> Task | None:
 
 def sentences(text: str) -> list[str]:
     """The sentences of any text in lower case, without end marks and a leading "first" or "then"."""
-    found = []
-    for part in re.split(r"[.!?\n]+", text):
-        sentence = " ".join(part.lower().split())
-        if sentence:
-            found.append(re.sub(r"^(first|then|after that)\b,? ?", "", sentence))
-    return found
+    parts = [" ".join(part.split()) for part in re.split(r"[.!?\n]+", text.lower())]
+    return [re.sub(r"^(first|then|after that)\b,? ?", "", part) for part in parts if part]
 
 
 def gold(prompt: list[Turn], response: str) -> float:
@@ -363,10 +359,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def write(out: str | Path, seed: int, **options: Any) -> None:
-    """Writes the splits that `make_splits` makes of these options, and init/, whole or not at all.
-
-    Raises InputError if `out` is there already.
-    """
+    """Writes what `make_splits` makes of these options, and init/, as a new folder, whole or not at all."""
     reward.check_output(out, "new")
     splits = make_splits(seed, **options)
     texts = [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in splits["pretrain"]]
