@@ -24,20 +24,19 @@ What some of them need besides rewards is written into the records first, by a s
 | --- | --- | --- |
 | labels | sft on the human choice | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
-| hindsight | coh | two texts as responses, of the best and the worst one |
+| hindsight | coh | two texts of the best and the worst; generate with --response_prefix "Good answer:" |
 | reference | dpo | "reference_logps", by --model MODEL; torchrun shares the work |
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from statistics import median_low
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ from torch import Tensor
 
 import clha
 import reward
-from clha import Example, InputError, Policy, Record
+from clha import InputError, Record
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The objectives: avg_logps, sum_logps, rewards (B, l) -> (B,). As in clha.py, responses are ordered best
@@ -80,15 +79,12 @@ def gated_sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weig
 def rrhf(
     avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, sft_reduction: str = "sum"
 ) -> Tensor:
-    """RRHF: the sum of max(0, p_i - p_j) over pairs with r_i < r_j, plus the SFT term.
-
-    Their paper's SFT term L_ft is a sum over tokens; their code takes a mean (`sft_reduction` "mean"), which
-    makes it many times smaller.
-    """
+    """RRHF: the sum of max(0, p_i - p_j) over pairs with r_i < r_j, plus the SFT term, of sums or means."""
     below = rewards[:, :, None] < rewards[:, None, :]  # (B, l, l); never with NaN
     hinge = (avg_logps[:, :, None] - avg_logps[:, None, :]).clamp(min=0)
     logps = sum_logps if sft_reduction == "sum" else avg_logps
-    return (hinge * below).sum((1, 2)) + sft_weight * best_nll(logps, rewards)
+    rank_loss = (hinge * below).sum((1, 2))
+    return rank_loss + sft_weight * best_nll(logps, rewards)
 
 
 def pro(
@@ -97,8 +93,7 @@ def pro(
     """PRO: response k is set against all that are worse, for k = 1 ... l - 1, plus the SFT term.
 
     The temperatures, 1 / (r_k - r_j), are used as the factors that they are in their code: p_j counts
-    r_k - r_j times, and p_k as often as the largest of those. Their code adds 1e-10 inside the logarithm,
-    which dominates where the rest is small; here the logarithm is a stable one.
+    r_k - r_j times, and p_k as often as the largest of those. Their code adds 1e-10 inside the logarithm.
     """
     present = rewards.isfinite()
     imitation = sft_weight * best_nll(sum_logps, rewards)
@@ -108,9 +103,8 @@ def pro(
     for k in range(avg_logps.shape[1] - 1):
         worse = present[:, k + 1 :]  # (B, l - k - 1)
         factor = rewards[:, k, None] - rewards[:, k + 1 :]
-        largest = factor.masked_fill(~worse, -math.inf).amax(1)
-        largest = largest.masked_fill(~worse.any(1), 0)  # the last response has none to beat
-        negatives = factor.masked_fill(~worse, 0) * avg_logps[:, k + 1 :]
+        largest = factor.masked_fill(~worse, -math.inf).amax(1).nan_to_num(neginf=0)  # 0: none is worse
+        negatives = factor.nan_to_num(0) * avg_logps[:, k + 1 :]
         negatives = negatives.masked_fill(~worse, -math.inf)
         positive = largest * avg_logps[:, k]
         scores = torch.cat([positive[:, None], negatives], dim=1)
@@ -119,10 +113,7 @@ def pro(
 
 
 def coh(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
-    """Chain of hindsight: plain SFT on each text that `hindsight` made, summed over the texts of a query.
-
-    Their code leaves the words "Good answer:" out of the loss; here they are tokens like the others.
-    """
+    """Chain of hindsight: SFT on the texts of `hindsight`. Their code leaves "Good answer:" out of it."""
     return -sft_weight * (sum_logps * rewards.isfinite()).sum(1)
 
 
@@ -135,22 +126,12 @@ def dpo(
     reference_logps: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l).
-
-    For two responses this is -log sigmoid of the difference of their scores, Eq. 7 of the DPO paper.
-    """
+    """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l)."""
     scores = beta * (sum_logps - reference_logps)
     return plackett_luce(scores, rewards.isfinite()) + sft_weight * best_nll(sum_logps, rewards)
 
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "sft": sft,
-    "gated_sft": gated_sft,
-    "rrhf": rrhf,
-    "pro": pro,
-    "coh": coh,
-    "dpo": dpo,
-}
+OBJECTIVES = {function.__name__: function for function in (sft, gated_sft, rrhf, pro, coh, dpo)}
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. The release as released. It is no sum over queries: the kept pairs of a micro-batch share one mean.
@@ -170,50 +151,38 @@ def released_clha_loss(
     """The authors' loss of one micro-batch: (B, l) each -> the loss and its metrics, all scalars.
 
     The order of the responses is taken for the ranking, whatever the rewards say. For each offset d = j - i
-    the loss has the mean of max(0, p_j - p_i + margin d) over the micro-batch's pairs with |r_i - r_j| >
-    min_reward_gap, or 0 if there are none. The SFT term is the mean over queries of minus the summed log-prob
-    of the first response, counted as 0 where its reward is not above zero.
+    the loss has the mean of max(0, p_j - p_i + margin d) over the micro-batch's kept pairs, or 0.
     """
-    gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
-    keep = (gap > min_reward_gap).triu(1)  # never with NaN
+    keep, gate = clha.rescore(rewards, min_reward_gap)
     rank_loss = torch.zeros_like(avg_logps[0, 0])
     for offset in range(1, rewards.shape[1]):
         kept = keep.diagonal(offset, dim1=1, dim2=2)  # (B, l - offset)
         hinge = (avg_logps[:, offset:] - avg_logps[:, :-offset] + margin * offset).clamp(min=0)
         rank_loss = rank_loss + (hinge * kept).sum() / kept.sum().clamp(min=1)
-    gate = rewards[:, 0] > 0
-    sft_loss = -(gate * sum_logps[:, 0]).mean()
-    loss = rank_loss + alpha * sft_loss
-    metrics = {"loss": loss.detach(), "loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
+    sft_loss = clha.gated_sft_loss(sum_logps, gate).mean()
+    metrics = {"loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
     order = rewards.nan_to_num(nan=-math.inf).argsort(dim=1, descending=True, stable=True)
     sorted_logps = avg_logps.detach().gather(1, order)  # metrics go by reward
     sorted_rewards = rewards.gather(1, order)
     for name, value in clha.query_metrics(sorted_logps, sorted_rewards, keep, gate).items():
         metrics[name] = value.mean()
-    return loss, metrics
+    return rank_loss + alpha * sft_loss, metrics
 
 
 def released_loss_fn(config: "BaselineConfig") -> clha.Loss:
-    """The released loss of a pack whose consecutive queries are micro-batches: their mean.
-
-    A step has an even number of queries, so each micro-batch weighs the same. (Dev data may have an odd
-    number: the last query is then a micro-batch of its own, with half the weight.)
-    """
-    loss_of = partial(
-        released_clha_loss, margin=config.margin, min_reward_gap=config.min_reward_gap, alpha=config.alpha
-    )
+    """The mean of the released loss over a pack's micro-batches; a last single query has half the weight."""
+    settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha")}
 
     def loss_fn(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total = torch.zeros_like(avg_logps[0, 0])
-        means: dict[str, Tensor] = {}
-        for start in range(0, len(rewards), MICRO_BATCH):
-            rows = slice(start, start + MICRO_BATCH)
-            share = len(rewards[rows]) / len(rewards)
-            loss, metrics = loss_of(avg_logps[rows], sum_logps[rows], rewards[rows])
-            total = total + share * loss
+        totals: dict[str, Any] = {}
+        parts = [values.split(MICRO_BATCH) for values in (avg_logps, sum_logps, rewards)]
+        for matrices in zip(*parts, strict=True):
+            share = len(matrices[0]) / len(rewards)
+            loss, metrics = released_clha_loss(*matrices, **settings)
+            metrics["loss"] = loss
             for name, value in metrics.items():
-                means[name] = means.get(name, 0) + share * value
-        return total, means
+                totals[name] = totals.get(name, 0) + share * value
+        return totals.pop("loss"), totals
 
     return loss_fn
 
@@ -231,9 +200,7 @@ class BaselineConfig(clha.Config):
     )
     beta: float = clha.option(0.1, "of DPO: how hard it holds on to the reference model")
     temperatures: bool = clha.option(True, "of PRO: factors by reward gap; without them it is Eq. 2")
-    sft_reduction: Literal["sum", "mean"] = clha.option(
-        "sum", "of RRHF's SFT term over tokens: a sum in its paper, a mean in its code"
-    )
+    sft_reduction: Literal["sum", "mean"] = clha.option("sum", "RRHF's SFT term: sum (paper) or mean (code)")
 
 
 READ_BY = {  # the settings of the loss, and the objectives that read them
@@ -247,23 +214,6 @@ READ_BY = {  # the settings of the loss, and the objectives that read them
 }
 ALPHAS = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}  # the others have CLHA's
 RELEASED = {"margin": 3.0, "min_reward_gap": 3.0}  # one literal 3 of the released code is both
-
-
-def check_config(config: BaselineConfig) -> None:
-    """Raises InputError for settings that the objective does not read, or that can't be."""
-    unread = []
-    for name, readers in READ_BY.items():
-        default = getattr(BaselineConfig, name)
-        if config.objective not in readers and getattr(config, name) != default:
-            unread.append(name)
-    if unread:
-        raise InputError(f"--objective {config.objective}: does not read {', '.join(unread)}; leave them out")
-    if config.beta <= 0:
-        raise InputError(f"--beta {config.beta:g}: must be above 0")
-    if config.objective == "released" and config.batch_size % MICRO_BATCH:
-        raise InputError(
-            f"--batch_size {config.batch_size}: must be even; released works on pairs of queries"
-        )
 
 
 def default_alpha(config: BaselineConfig) -> float:
@@ -284,7 +234,7 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, **more: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = objective(avg_logps, sum_logps, rewards, **more).mean()
-        metrics = {"loss": loss.detach()}
+        metrics = {}
         keep, gate = clha.rescore(rewards, 0.0, use_gate=False)
         for name, value in clha.query_metrics(avg_logps.detach(), rewards, keep, gate).items():
             metrics[name] = value.mean()
@@ -294,13 +244,21 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
 
 
 def train(config: BaselineConfig) -> None:
-    """A whole run of `clha.train` with the objective of the config."""
-    check_config(config)
+    """A whole run of `clha.train`. Raises InputError for settings that the objective does not read."""
+    objective = config.objective
+    changed = [name for name in READ_BY if getattr(config, name) != getattr(BaselineConfig, name)]
+    unread = ", ".join(name for name in changed if objective not in READ_BY[name])
+    if unread:
+        raise InputError(f"--objective {objective}: does not read {unread}; leave them out")
+    if config.beta <= 0:
+        raise InputError(f"--beta {config.beta:g}: must be above 0")
+    if objective == "released" and config.batch_size % MICRO_BATCH:
+        raise InputError(f"--batch_size {config.batch_size}: must be even; released takes queries by two")
     if config.alpha is None:
         config = replace(config, alpha=default_alpha(config))
-    if config.objective == "released":
+    if objective == "released":
         clha.train(config, released_loss_fn(config), ranked=False, group=MICRO_BATCH)
-    elif config.objective == "dpo":
+    elif objective == "dpo":
         clha.train(config, objective_loss_fn(config), fields=("rewards", "reference_logps"))
     else:
         clha.train(config, objective_loss_fn(config))
@@ -329,10 +287,7 @@ def ranked(record: Record) -> Record:
 
 
 def hindsight(record: Record) -> Record:
-    """A record whose two responses are texts of chain of hindsight: best and worst response, either first.
-
-    `evaluate.py generate --response_prefix "Good answer:"` asks the trained model for a good one.
-    """
+    """A record whose two responses are texts of chain of hindsight: best and worst response, either first."""
     responses = clha.rank(record)["responses"]
     good = f"{GOOD} {responses[0]}"
     bad = f"{BAD} {responses[-1]}"
@@ -342,34 +297,8 @@ def hindsight(record: Record) -> Record:
     return found | {name: record[name] for name in ("subset", "id") if name in record}
 
 
-@torch.no_grad()
-def response_logps(
-    policy: Policy, examples: list[Example], stand_in: Example, config: clha.Config, device: torch.device
-) -> list[list[float]]:
-    """The summed log-probabilities of each example's responses.
-
-    All processes call it together, each with its own examples. A sharded model needs as many forward passes
-    on each of them: a process with fewer packs runs it on `stand_in`.
-    """
-    packs: list[list[int]] = []
-    if examples:
-        packs = clha.balance([example["size"] for example in examples], config.pack_tokens, 1)
-    most = torch.tensor(len(packs))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    found: list[list[float]] = [[] for _ in examples]
-    for indices in packs + [[]] * (int(most) - len(packs)):
-        queries = [examples[i] for i in indices]
-        rows = policy(clha.pack(queries or [stand_in], device)).tolist()
-        for i, row in zip(indices, rows, strict=False):
-            found[i] = row[: len(examples[i]["response_ids"])]
-    return found
-
-
 def write_reference(args: argparse.Namespace) -> None:
-    """Adds "reference_logps", each response's summed log-probability under a model, in the record's order.
-
-    All processes together; stopped, it goes on where it was.
-    """
+    """adds "reference_logps", the summed log-probability of each response under a model"""
     _, processes, device = clha.init_process()
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     config = clha.Config(args.model, args.data, args.out, **limits, pack_tokens=args.pack_tokens)
@@ -377,29 +306,39 @@ def write_reference(args: argparse.Namespace) -> None:
     records = reward.read_records(args.data)
     tokenizer = clha.load_tokenizer(args.model)
     policy, _ = clha.load_policy(config, device)
-    longest = max((clha.encode(record, tokenizer, config) for record in records), key=itemgetter("longest"))
+    encoded = (clha.encode(record, tokenizer, config) for record in records)
+    longest = max(encoded, key=itemgetter("longest"))
     clha.check_policy(policy, longest, longest["longest"], config.dtype)
     policy.eval()
 
+    @torch.no_grad()
     def work(share: list[Record], _: int) -> list[Record]:
         examples = [clha.encode(record, tokenizer, config) for record in share]
-        stand_in = clha.encode(records[0], tokenizer, config)
-        logps = response_logps(policy, examples, stand_in, config, device)
-        return [record | {"reference_logps": row} for record, row in zip(share, logps, strict=True)]
+        sizes = [example["size"] for example in examples]
+        packs = clha.balance(sizes, config.pack_tokens, 1) if share else []
+        most = torch.tensor(len(packs))  # of any process; a sharded model needs as many passes on each
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found = share.copy()
+        for indices in packs + [[]] * (int(most) - len(packs)):
+            queries = [examples[i] for i in indices] or [longest]
+            rows = policy(clha.pack(queries, device)).tolist()
+            for i, row in zip(indices, rows, strict=False):
+                found[i] = share[i] | {"reference_logps": row[: len(share[i]["responses"])]}
+        return found
 
     settings = [reward.fingerprint(args.model), limits, config.dtype]
     reward.write_in_parts(Path(args.out), records, settings, work, 512 * processes, "reference")
 
 
-def write_stage(args: argparse.Namespace) -> None:
-    """Writes the records of a stage that changes them one by one."""
+def write_changed(args: argparse.Namespace) -> None:
+    """writes the records of a stage that changes them one by one"""
     change, need = CHANGES[args.command]
     records = clha.iter_records(args.data, need=[need])
     reward.write_jsonl(args.out, (change(record) for record in records))
 
 
 CHANGES = {"labels": (labels, "chosen"), "ranked": (ranked, "rewards"), "hindsight": (hindsight, "rewards")}
-STAGES = (*CHANGES, "reference")
+STAGES = dict.fromkeys(CHANGES, write_changed) | {"reference": write_reference}
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. The command line
@@ -415,37 +354,24 @@ def parse_config(argv: list[str]) -> BaselineConfig:
     return BaselineConfig(**vars(args))
 
 
-def parse_stage(argv: list[str]) -> argparse.Namespace:
-    """The flags of a stage."""
-    parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in STAGES:
-        stage = commands.add_parser(name, description=__doc__)
-        stage.add_argument("--data", required=True, help="records, JSON lines")
-        stage.add_argument("--out", required=True, help="the records as the stage leaves them")
-    stage.add_argument("--model", required=True, help="reference model: a folder or a hub name")
-    stage.add_argument("--max_length", type=int, default=512, help="as in the training run")
-    stage.add_argument("--max_prompt_length", type=int, default=384, help="as in the training run")
-    stage.add_argument("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
-    return parser.parse_args(argv)
-
-
-def run_stage(args: argparse.Namespace) -> None:
-    """Runs a stage."""
-    reward.check_numbers(args)
-    reward.check_output(args.out, "file")
-    if args.command == "reference":
-        write_reference(args)
-    else:
-        write_stage(args)
-
-
 def main(argv: list[str]) -> None:
     """Runs a stage if the first word names one, else a training run."""
-    if argv and argv[0] in STAGES:
-        run_stage(parse_stage(argv))
-    else:
+    if not argv or argv[0] not in STAGES:
         train(parse_config(argv))
+        return
+    parser = reward.Parser(description=__doc__)
+    for name, run in STAGES.items():
+        flag = parser.add_command(name, run)
+        flag("--data", required=True, help="records, JSON lines")
+        flag("--out", required=True, help="the records as the stage leaves them")
+    flag("--model", required=True, help="reference model: a folder or a hub name")
+    flag("--max_length", type=int, default=512, help="as in the training run")
+    flag("--max_prompt_length", type=int, default=384, help="as in the training run")
+    flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
+    args = parser.parse_args(argv)
+    reward.check_numbers(args)
+    reward.check_output(args.out, "file")
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,12 @@
     python -m study.people tally --key sheets/key.json answers/*.json --plot figure3.png --out tally.md
     python -m study.people compare eval/base eval/sft eval/clha --out pairs
 
-All read folders that `evaluate.py score` wrote. Annotators open sheet.html in a browser or fill in sheet.csv:
-each pair of responses in random order, without names. Send them one of the two, and keep key.json, which says
-whose response is on which side.
+All read folders that `evaluate.py score` wrote. Annotators open sheet.html in a browser: each pair of
+responses in random order, without names. Keep key.json, which says whose response is on which side.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -28,7 +25,7 @@ import torch
 import clha
 import evaluate
 import reward
-from clha import InputError, Record, Turn
+from clha import InputError, Record
 
 Evaluation = dict[str, Record]  # id -> its line of responses.jsonl
 ANSWERS = ("left", "right", "tie")
@@ -46,7 +43,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     rows: Evaluation = {}
     for number, row in clha.read_jsonl(path):
         values = [row.get("reward"), 0, *evaluate.numbers(row).values()]  # 0: a record has two or more
-        record = {"prompt": row.get("prompt"), "responses": ["-"] * len(values), "rewards": values}
+        record = row | {"responses": ["-"] * len(values), "rewards": values}
         texts = [row.get(name) for name in ("id", "subset", "response")]
         if not all(isinstance(text, str) for text in texts) or clha.check_record(record):
             raise InputError(f"{path}, line {number}: not a response with its id, prompt, subset and reward")
@@ -66,26 +63,18 @@ def read_evaluations(folders: list[str]) -> dict[str, Evaluation]:
         if name in evaluations:
             raise InputError(f"{', '.join(folders)}: two of these have one name")
         evaluations[name] = read_evaluation(Path(folder))
-    first, *others = evaluations
-    for other in others:
-        for item in evaluations[first] | evaluations[other]:
-            prompts = [evaluations[name].get(item, {}).get("prompt") for name in (first, other)]
-            if prompts[0] != prompts[1]:
-                raise InputError(f"{first} and {other} are of different items, such as {item}")
+    prompts = [{item: row["prompt"] for item, row in rows.items()} for rows in evaluations.values()]
+    if any(found != prompts[0] for found in prompts):
+        raise InputError(f"{', '.join(folders)}: of different items, or the prompts differ")
     return evaluations
 
 
-def by_subset(subsets: dict[str, str]) -> dict[str, list[str]]:
-    """The items of each subset, and in "Total" all of them, from {item: subset}."""
-    groups = {}
-    for name in sorted(set(subsets.values())):
-        groups[name] = [item for item, subset in subsets.items() if subset == name]
-    return groups | {"Total": list(subsets)}
-
-
-def dialogue(prompt: list[Turn]) -> str:
-    """A prompt as people read it: its turns, without the cue for the model."""
-    return clha.render(prompt).removesuffix("Assistant:").strip()
+def by_subset(rows: dict[str, Record]) -> dict[str, list[str]]:
+    """The items of each subset, and in "Total" all of them, from {item: what has its "subset"}."""
+    groups: dict[str, list[str]] = {}
+    for item, row in rows.items():
+        groups.setdefault(row["subset"], []).append(item)
+    return dict(sorted(groups.items())) | {"Total": list(rows)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -95,13 +84,13 @@ def dialogue(prompt: list[Turn]) -> str:
 def make_sheet(evaluations: dict[str, Evaluation], items: int, seed: int) -> tuple[list[Record], Record]:
     """A sheet of `items` drawn from each subset of two evaluations, in random order, and its key.
 
-    A row of the sheet is {"item", "subset", "prompt", "left", "right"}, its sides drawn by a fair coin.
+    A row of the sheet is {"item", "prompt", "left", "right"}, its sides drawn by a fair coin.
     The key is {"sheet": id, "models": [first, second], "items": {item: {"id", "subset", "left"}}}.
     """
     generator = random.Random(seed)
     models = list(evaluations)
     rows = evaluations[models[0]]
-    groups = by_subset({item: row["subset"] for item, row in rows.items()})
+    groups = by_subset(rows)
     del groups["Total"]
     drawn = []
     for group in groups.values():
@@ -113,48 +102,27 @@ def make_sheet(evaluations: dict[str, Evaluation], items: int, seed: int) -> tup
         left, right = generator.sample(models, 2)
         row = {
             "item": str(number),
-            "subset": rows[item]["subset"],
             "prompt": rows[item]["prompt"],
             "left": evaluations[left][item]["response"],
             "right": evaluations[right][item]["response"],
         }
         sheet.append(row)
-        key[str(number)] = {"id": item, "subset": row["subset"], "left": left}
-    # The id begins with a word, as a spreadsheet would take 12345e678901 for a number.
-    sheet_id = "sheet-" + hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:12]
+        key[str(number)] = {"id": item, "subset": rows[item]["subset"], "left": left}
+    sheet_id = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:12]
     return sheet, {"sheet": sheet_id, "models": models, "items": key}
-
-
-def html_sheet(sheet: list[Record], sheet_id: str) -> str:
-    """The sheet as one page. Its data has no "<", so that no response can end the element around it."""
-    shown = [{name: row[name] for name in ("item", "prompt", "left", "right")} for row in sheet]
-    data = json.dumps({"sheet": sheet_id, "items": shown}).replace("<", "\\u003c")
-    return Path(__file__).with_name("sheet.html").read_text(encoding="utf-8").replace("SHEET_DATA", data)
-
-
-def no_formula(text: Any) -> str:
-    """A text as a cell that a spreadsheet shows, and does not compute."""
-    return f"'{text}" if str(text).startswith(("=", "+", "-", "@")) else str(text)
-
-
-def csv_sheet(sheet: list[Record], sheet_id: str) -> str:
-    """The sheet as a table with an empty column for the answers."""
-    file = io.StringIO()
-    table = csv.DictWriter(file, ["sheet", "item", "subset", "prompt", "left", "right", "answer"])
-    table.writeheader()
-    for row in sheet:
-        texts = row | {"sheet": sheet_id, "prompt": dialogue(row["prompt"])}
-        table.writerow({name: no_formula(text) for name, text in texts.items()})
-    return "\ufeff" + file.getvalue()  # by this mark Excel knows UTF-8
 
 
 def sheets(args: argparse.Namespace) -> None:
     """responses of two models side by side, for people to judge"""
     reward.check_output(args.out, "new")
     sheet, key = make_sheet(read_evaluations(args.folders), args.items, args.seed)
-    texts = {"sheet.html": html_sheet(sheet, key["sheet"]), "sheet.csv": csv_sheet(sheet, key["sheet"])}
-    write_folder(args.out, texts | {"key.json": json.dumps(key, indent=2) + "\n"})
-    print(f"{len(sheet):,} items in {args.out}; annotators get sheet.html or sheet.csv, not key.json")
+    # Without "<" in the data no response can end the element around it.
+    data = json.dumps({"sheet": key["sheet"], "items": sheet}).replace("<", "\\u003c")
+    page = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8")
+    texts = {"sheet.html": page.replace("SHEET_DATA", data)}
+    texts["key.json"] = json.dumps(key, indent=2) + "\n"
+    write_folder(args.out, texts)
+    print(f"{len(sheet):,} items in {args.out}; annotators get sheet.html, and not key.json")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,33 +141,10 @@ def read_key(path: str) -> Record:
     return key
 
 
-def read_csv(path: str) -> Record:
-    """A filled-in sheet.csv as the object that the page saves; its name stands for the annotator's."""
-    csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the default, 131,072 characters
-    try:
-        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as CSV in UTF-8 ({error})") from None
-    if not rows or not {"sheet", "item", "answer"} <= rows[0].keys():
-        raise InputError(f"{path}: not a sheet, with the columns sheet, item, answer separated by commas")
-    answers = {}
-    for row in rows:
-        answer = (row["answer"] or "").strip().lower()
-        if answer:
-            answers[row["item"]] = answer
-    return {"sheet": rows[0]["sheet"], "annotator": Path(path).stem, "answers": answers}
-
-
 def read_votes(path: str, key: Record) -> tuple[str, dict[str, str]]:
-    """An annotator's name and votes {item: "win", "tie" or "lose"} for the first model of a key.
-
-    Raises InputError for answers to another sheet, and for an item or an answer that does not exist.
-    """
-    if path.endswith(".csv"):
-        file = read_csv(path)
-    else:
-        need = {"sheet": str, "annotator": str, "answers": dict}
-        file = reward.read_json(path, need, "a file of answers")
+    """An annotator's name and votes {item: "win", "tie" or "lose"} for the first model. Raises InputError."""
+    need = {"sheet": str, "annotator": str, "answers": dict}
+    file = reward.read_json(path, need, "a file of answers")
     if file["sheet"] != key["sheet"]:
         raise InputError(f"{path}: the answers are of {file['sheet']}, the key is of {key['sheet']}")
     votes = {}
@@ -218,17 +163,6 @@ def read_votes(path: str, key: Record) -> tuple[str, dict[str, str]]:
     return file["annotator"], votes
 
 
-def read_annotators(paths: list[str], key: Record) -> dict[str, dict[str, str]]:
-    """The votes of each annotator by name. Raises InputError; see `read_votes`."""
-    annotators: dict[str, dict[str, str]] = {}
-    for path in paths:
-        name, votes = read_votes(path, key)
-        if name in annotators:
-            raise InputError(f"{path}: a second file of the annotator {name}")
-        annotators[name] = votes
-    return annotators
-
-
 def majority(votes: list[str]) -> str:
     """What more than half of the votes say; "tie" if nothing has so many."""
     vote, count = Counter(votes).most_common(1)[0]
@@ -238,8 +172,8 @@ def majority(votes: list[str]) -> str:
 def fleiss_kappa(counts: list[list[int]]) -> float:
     """Agreement beyond chance: 1 is perfect, 0 is chance (Fleiss 1971).
 
-    counts (items, categories): how many raters chose each category, as many raters for every item. It is
-    NaN where it means nothing: no items, one rater, or all votes in one category.
+    counts (items, categories): raters that chose each category, as many for every item. It is NaN where it
+    means nothing: no items, one rater, or all votes in one category.
     """
     if not counts:
         return math.nan
@@ -258,14 +192,13 @@ def shares(outcomes: list[str]) -> dict[str, Any]:
 def plot_shares(summary: dict[str, dict[str, Any]], models: list[str], path: str) -> None:
     """Draws Figure 3, a bar of wins, ties and losses per subset, as a picture file."""
     pyplot = reward.import_pyplot()
+    pyplot.rcParams["text.parse_math"] = False  # a "$" in a name begins no formula
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(summary)), layout="constrained")
-    first, second = [model.replace("$", r"\$") for model in models]  # a "$" begins a formula
-    labels = {"win": f"{first} wins", "tie": "tie", "lose": f"{second} wins"}
-    subsets = [subset.replace("$", r"\$") for subset in summary]
+    labels = {"win": f"{models[0]} wins", "tie": "tie", "lose": f"{models[1]} wins"}
     starts = [0.0] * len(summary)
     for name, colour in OUTCOMES.items():
         widths = [row[name]["mean"] for row in summary.values()]
-        bars = axes.barh(subsets, widths, left=starts, color=colour, label=labels[name], height=0.65)
+        bars = axes.barh(list(summary), widths, left=starts, color=colour, label=labels[name], height=0.65)
         numbers = [f"{width:.1f}" if width >= 4 else "" for width in widths]  # where there is room
         axes.bar_label(bars, numbers, label_type="center")
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
@@ -283,9 +216,14 @@ def tally(args: argparse.Namespace) -> None:
     if args.plot:
         reward.check_plot(args.plot)
     key = read_key(args.key)
-    annotators = read_annotators(args.answers, key)
+    annotators = {}
+    for path in args.answers:
+        name, votes = read_votes(path, key)
+        if name in annotators:
+            raise InputError(f"{path}: a second file of the annotator {name}")
+        annotators[name] = votes
     cast = {item: [votes[item] for votes in annotators.values() if item in votes] for item in key["items"]}
-    judged = {item: key["items"][item]["subset"] for item, votes in cast.items() if votes}
+    judged = {item: key["items"][item] for item, votes in cast.items() if votes}
     if not judged:
         raise InputError(f"{', '.join(args.answers)}: no answers in them")
 
@@ -334,9 +272,10 @@ def cases(models: tuple[str, str], rows: Evaluation, others: Evaluation, count: 
     widest = sorted(rows, key=lambda item: -abs(rows[item]["reward"] - others[item]["reward"]))
     parts = [f"# {models[0]} against {models[1]}\n"]
     for number, item in enumerate(widest[:count], 1):
-        parts.append(f"## {number}. {rows[item]['subset']}, item {item}\n")
-        parts.append(fenced(dialogue(rows[item]["prompt"])))
-        for model, row in zip(models, (rows[item], others[item]), strict=True):
+        pair = (rows[item], others[item])
+        dialogue = clha.render(pair[0]["prompt"]).removesuffix("Assistant:")
+        parts += [f"## {number}. {pair[0]['subset']}, item {item}\n", fenced(dialogue.strip())]
+        for model, row in zip(models, pair, strict=True):
             scores = {"reward": row["reward"]} | evaluate.numbers(row)
             shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             parts += [f"**{model}**, {shown}\n", fenced(row["response"])]
@@ -353,7 +292,7 @@ def compare(args: argparse.Namespace) -> None:
     pages = []
     for pair in itertools.combinations(read_evaluations(args.folders).items(), 2):
         (model, rows), (against, others) = pair
-        for subset, items in by_subset({item: row["subset"] for item, row in rows.items()}).items():
+        for subset, items in by_subset(rows).items():
             summary = shares([preferred(rows[item], others[item]) for item in items])
             cells = [evaluate.cell(share) for share in summary.values()]
             table.append([model, against, subset, f"{len(items):,}", *cells])
@@ -364,16 +303,12 @@ def compare(args: argparse.Namespace) -> None:
         write_folder(args.out, {"compare.md": text, "cases.md": "\n".join(pages)})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-
-
 def write_folder(path: str, texts: dict[str, str]) -> None:
     """Writes {name: text} as the files of a new folder, whole or not at all."""
     with reward.whole(path) as folder:
         folder.mkdir()
         for name, text in texts.items():
-            (folder / name).write_bytes(text.encode())  # bytes, as CSV has line ends of its own
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -381,11 +316,11 @@ def main() -> None:
     parser = reward.Parser(description=__doc__)
     flag = parser.add_command("sheets", sheets)
     flag("folders", nargs=2, help="folders of `evaluate.py score`, of the same data")
-    flag("--out", required=True, help="folder for sheet.html, sheet.csv and key.json")
+    flag("--out", required=True, help="folder for sheet.html and key.json")
     flag("--items", type=int, default=300, help="per subset, or all it has (paper: 300)")
     flag("--seed", type=int, default=42, help="of the items, their order and the sides")
     flag = parser.add_command("tally", tally)
-    flag("answers", nargs="+", help="files that the page saved, or filled-in sheet.csv files")
+    flag("answers", nargs="+", help="files that the page saved")
     flag("--key", required=True, help="key.json of the sheet")
     flag("--plot", default="", help="Figure 3 as a picture, such as figure3.png")
     flag("--out", default="", help="Markdown file for what is printed")

@@ -3,12 +3,14 @@
     python -m study.report                     from the committed runs
     python -m study.report --runs out/study    from the finished runs of study.run, which become runs.jsonl
 
-Every number is computed here from the scores of the runs, and every verdict follows from an interval: 95 % of
-a mean over seeds (Student's t). Differences are paired: first taken within each seed.
+Every verdict follows from an interval: 95 % of a mean over seeds (Student's t). Differences are paired: first
+taken within each seed.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,7 @@ Kinds = dict[int, dict[float, Rows]]  # responses per query -> share of wrong la
 
 TEMPLATE = Path(__file__).with_name("template.md")  # the prose of RESULTS.md
 DOCS = Path("docs/study")
+LABELS = ("base", *run.methods(2), *run.ABLATIONS)  # of rows, in the order of Tables 2 and 3
 SCORES = {"gold": "gold", "reward": "reward over base", "char_bleu": "char BLEU", "word_bleu": "word BLEU"}
 # Student's t: 97.5 % quantiles for 2 to 11 seeds
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -52,9 +55,9 @@ def mean_of(values: list[float]) -> Mean | None:
     """The mean of one value per seed; None without any."""
     if not values:
         return None
-    if len(values) == 1:
-        return Mean(values[0], float("inf"), 1)
-    half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    half = math.inf
+    if len(values) > 1:
+        half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return Mean(statistics.mean(values), half, len(values))
 
 
@@ -65,8 +68,7 @@ def score(seeds: Seeds, name: str = "gold") -> Mean | None:
 
 def difference(first: Seeds, second: Seeds, name: str = "gold") -> Mean | None:
     """The score of `first` minus that of `second`, over the seeds that both have."""
-    both = sorted(first.keys() & second.keys())
-    return mean_of([first[seed][name] - second[seed][name] for seed in both])
+    return mean_of([first[seed][name] - second[seed][name] for seed in first if seed in second])
 
 
 def read_runs(path: Path) -> dict[str, Rows]:
@@ -80,27 +82,24 @@ def read_runs(path: Path) -> dict[str, Rows]:
 
 def label_rows(runs: Rows, length: int) -> Rows:
     """The finished rows of Tables 2 and 3 by their labels, in the order of the tables."""
-    names = {"base": "base"}
-    for label, settings in (run.methods(length) | run.ABLATIONS).items():
-        names[label] = run.run_name(settings, length)
+    settings = run.methods(length) | run.ABLATIONS
+    names = {label: run.run_name(settings[label], length) for label in settings}
+    names = {"base": "base"} | names
     return {label: runs[name] for label, name in names.items() if name in runs}
 
 
 def kinds_of(worlds: dict[str, Rows]) -> Kinds:
     """The rows of the toy worlds."""
-    kinds: Kinds = {}
-    for length in run.LENGTHS:
-        kinds[length] = {}
-        for noise in run.NOISES:
-            runs = worlds.get(run.world_name(noise, length), {})
-            kinds[length][noise] = label_rows(runs, length)
+    kinds: Kinds = {length: {} for length in run.LENGTHS}
+    for length, noise in itertools.product(run.LENGTHS, run.NOISES):
+        runs = worlds.get(run.world_name(noise, length), {})
+        kinds[length][noise] = label_rows(runs, length)
     return kinds
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
-NOT_RUN = "(not run)\n"
 NOT_KEPT = "(These runs have not kept it.)\n"
 
 
@@ -118,21 +117,16 @@ def signed(value: Mean | None) -> str:
 
 
 def main_table(rows: Rows, by: str) -> str:
-    """Table 2, and CLHA minus each row by the score `by`.
-
-    Rewards are given as what they are above the base model's: each reward model has a zero of its own.
-    """
+    """Table 2, with rewards above the base model's, and CLHA minus each row by the score `by`."""
     if "base" not in rows:
-        return NOT_RUN
+        return "(not run)\n"
     base = rows["base"]
     names = [name for name in SCORES if score(base, name)]
     lines = [["method", *(SCORES[name] for name in names), f"CLHA minus it, {by}", "seeds"]]
     for label, seeds in rows.items():
         cells = {name: cell(score(seeds, name)) for name in names}
-        cells["reward"] = signed(difference(seeds, base, "reward"))
+        cells["reward"] = "" if label == "base" else signed(difference(seeds, base, "reward"))
         lead = signed(difference(rows.get("CLHA", {}), seeds, by))
-        if label == "base":
-            cells["reward"] = ""
         if label == "CLHA":
             label = "**CLHA**"
             lead = ""
@@ -143,7 +137,7 @@ def main_table(rows: Rows, by: str) -> str:
 def noise_table(by_noise: dict[float, Rows]) -> str:
     """Gold reward of each row by the share of wrong labels."""
     lines = [["method", *(f"{noise:.0%}" for noise in by_noise)]]
-    for label in ("base", *run.methods(2), *run.ABLATIONS):
+    for label in LABELS:
         cells = [cell(score(rows.get(label, {}))) for rows in by_noise.values()]
         if cells.count("") < len(cells) - 1:
             lines.append([label, *cells])
@@ -172,10 +166,6 @@ def parts_table(title: str, seeds_by_label: Rows, key: str) -> str:
             means = [statistics.mean(row[name] for row in found) for name in found[0]]
             lines.append([label, *(f"{mean:.2f}" for mean in means)])
     return evaluate.markdown(lines) if lines else NOT_KEPT
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Claims
 
 
 CLAIMS = (  # the words of a claim, the row that should be better, and the other
@@ -208,35 +198,33 @@ def verdict(gain: Mean | None) -> str:
 def claims_table(kinds: Kinds, fresh: Kinds) -> str:
     """What the main worlds say of each claim, and the fresh ones, and those of other noise."""
     columns = {f"{run.NOISE:.0%} wrong labels": (kinds, run.NOISE), "fresh seeds": (fresh, run.NOISE)}
-    for noise in run.NOISES:
-        if noise != run.NOISE:
-            columns[f"{noise:.0%}"] = (kinds, noise)
-    lines = [["claim", *columns]]
+    columns |= {f"{noise:.0%}": (kinds, noise) for noise in run.NOISES if noise != run.NOISE}
+    claims = []
     for length in run.LENGTHS:
         for words, better, worse in CLAIMS:
-            line = [f"{words}, {length} responses"]
-            for worlds, noise in columns.values():
-                rows = worlds[length][noise]
-                line.append(verdict(difference(rows.get(better, {}), rows.get(worse, {}))))
-            lines.append(line)
-    line = ["three responses of one author beat two (CLHA)"]
-    for worlds, noise in columns.values():
-        two, three = (worlds[length][noise].get("CLHA", {}) for length in (2, 3))
-        line.append(verdict(difference(three, two)))
-    return evaluate.markdown([*lines, line])
+            claims.append((f"{words}, {length} responses", length, better, length, worse))
+    claims.append(("three responses of one author beat two (CLHA)", 3, "CLHA", 2, "CLHA"))
+    lines = [["claim", *columns]]
+    for words, length, better, other_length, worse in claims:
+        line = [words]
+        for worlds, noise in columns.values():
+            first = worlds[length][noise].get(better, {})
+            second = worlds[other_length][noise].get(worse, {})
+            line.append(verdict(difference(first, second)))
+        lines.append(line)
+    return evaluate.markdown(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures
+# The page
 
 
 def plot_noise(kinds: Kinds) -> str:
     """Gold reward against the share of wrong labels, a panel per number of responses."""
     pyplot = reward.import_pyplot()
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(10, 3.8), sharey=True, layout="constrained")
-    labels = ["base", *run.methods(2), *run.ABLATIONS]
     for axes, (length, by_noise) in zip(panels, kinds.items(), strict=True):
-        for number, label in enumerate(labels):
+        for number, label in enumerate(LABELS):
             means = {noise: score(rows[label]) for noise, rows in by_noise.items() if label in rows}
             if len(means) > 1:
                 color = {"CLHA": "black", "base": "0.7"}.get(label, f"C{number % 10}")
@@ -253,10 +241,6 @@ def plot_noise(kinds: Kinds) -> str:
     return f"![Gold reward against the share of wrong labels]({path})\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def reading() -> str:
     """What people made of the numbers, if it was of these: it names a hash of runs.jsonl."""
     path = DOCS / "reading.md"
@@ -269,20 +253,16 @@ def write() -> None:
     """Writes RESULTS.md and its pictures; raises InputError without the runs of the main worlds."""
     runs_file = DOCS / "runs.jsonl"
     worlds = read_runs(runs_file)
-    runs = worlds.get(run.world_name(run.NOISE, 2))
-    if not runs:
-        raise InputError(f"{runs_file}: has no run of the world {run.world_name(run.NOISE, 2)}")
+    name = run.world_name(run.NOISE, 2)
+    if name not in worlds:
+        raise InputError(f"{runs_file}: has no run of the world {name}")
     kinds = kinds_of(worlds)
     unseen = DOCS / "unseen.jsonl"
     fresh = kinds_of(read_runs(unseen) if unseen.is_file() else {})
     main = kinds[2][run.NOISE]
     bases = {f"{noise:.0%}": rows.get("base", {}) for noise, rows in kinds[2].items()}
     page = TEMPLATE.read_text().format(
-        steps=run.STEPS,
-        learning_rate=run.LEARNING_RATE,
-        rlhf_steps=run.RLHF_FLAGS["max_steps"],
-        rlhf_learning_rate=run.RLHF_FLAGS["learning_rate"],
-        noise=f"{run.NOISE:.0%}",
+        run=run,
         claims=claims_table(kinds, fresh),
         reading=reading(),
         two=main_table(main, "gold"),
@@ -292,7 +272,7 @@ def write() -> None:
         noise_two=noise_table(kinds[2]),
         noise_three=noise_table(kinds[3]),
         rescoring=parts_table("wrong labels", bases, "rescoring"),
-        sweeps=sweep_table(runs),
+        sweeps=sweep_table(worlds[name]),
         likelihoods=parts_table("method", main, "likelihoods"),
         real=main_table(label_rows(worlds.get("real", {}), 2), "reward"),
     )
@@ -304,7 +284,6 @@ def collect(out: Path) -> None:
     rows = [json.loads(path.read_text()) for path in sorted(out.glob("**/row.json"))]
     if not rows:
         raise InputError(f"{out}: no finished runs in it; `python -m study.run toy --out {out}` makes them")
-    DOCS.mkdir(parents=True, exist_ok=True)
     reward.write_jsonl(DOCS / "runs.jsonl", rows)
 
 

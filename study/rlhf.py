@@ -4,9 +4,9 @@
     python -m study.rlhf --model BASE --train_data train.jsonl --reward_model RM --output_dir out/rlhf
 
 The paper's RLHF is PPO (Ouyang et al., 2022). Here it is RLOO (Ahmadian et al., 2024, arXiv:2402.14740):
-REINFORCE whose baseline is the mean reward of the other responses to the same prompt. The model samples its
-own responses: of the records only the prompts are read. With a low --kl_beta it learns to please the reward
-model.
+REINFORCE whose baseline is the mean reward of the other responses to the same prompt. (TRL's PPO is gone,
+huggingface/trl#7020, and took no reward function.) The model samples its own responses: of the records only
+the prompts are read. With a low --kl_beta it learns to please the reward model.
 """
 
 import argparse
@@ -47,15 +47,6 @@ def reward_function(model: reward.RewardModel) -> Callable[..., list[float]]:
     return rewards
 
 
-def import_trl() -> ModuleType:
-    """TRL, an optional package. (Its PPO is gone, huggingface/trl#7020, and took no reward function.)"""
-    try:
-        import trl
-    except ImportError:
-        raise InputError("needs TRL: pip install .[rlhf]") from None
-    return trl
-
-
 def rloo_config(trl: ModuleType, args: argparse.Namespace) -> Any:
     """TRL's settings of a run; learning rate (it falls to 0) and optimizer are TRL's way."""
     gpu = torch.cuda.is_available()
@@ -80,10 +71,13 @@ def rloo_config(trl: ModuleType, args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace) -> None:
     """Trains by RLOO; leaves output_dir/final, a Hugging Face folder, and TRL's log as metrics.jsonl."""
-    trl = import_trl()
+    try:
+        import trl
+    except ImportError:
+        raise InputError("needs TRL: pip install .[rlhf]") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("runs as one process, without torchrun")
-    reward.check_numbers(args, positive=["max_new_tokens"])
+    reward.check_numbers(args)
     if args.num_generations < 2:
         raise InputError(f"--num_generations {args.num_generations}: must be 2 or more")
     reward.check_output(args.output_dir, "folder")
@@ -112,17 +106,18 @@ def train(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; learning rate and KL price are TRL's."""
     parser = reward.Parser(description=__doc__)
-    parser.add_argument("--model", required=True, help="language model to align: a folder or a hub name")
-    parser.add_argument("--train_data", required=True, help="records, JSON lines, scored or not")
-    parser.add_argument("--reward_model", required=True, help="the one that scored CLHA's data")
-    parser.add_argument("--output_dir", required=True, help="receives metrics.jsonl and final/")
-    parser.add_argument("--max_steps", type=int, default=0, help="0: one pass over the prompts")
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts per step")
-    parser.add_argument("--num_generations", type=int, default=4, help="responses sampled for each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a response")
-    parser.add_argument("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
-    parser.add_argument("--kl_beta", type=float, default=0.05, help="price of a nat from the base model")
-    parser.add_argument("--seed", type=int, default=42, help="of the data order and the sampling")
+    flag = parser.add_argument
+    flag("--model", required=True, help="language model to align: a folder or a hub name")
+    flag("--train_data", required=True, help="records, JSON lines, scored or not")
+    flag("--reward_model", required=True, help="the one that scored CLHA's data")
+    flag("--output_dir", required=True, help="receives metrics.jsonl and final/")
+    flag("--max_steps", type=int, default=0, help="0: one pass over the prompts")
+    flag("--batch_size", type=int, default=32, help="prompts per step")
+    flag("--num_generations", type=int, default=4, help="responses sampled for each prompt")
+    flag("--max_new_tokens", type=int, default=128, help="tokens of a response")
+    flag("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
+    flag("--kl_beta", type=float, default=0.05, help="price of a nat from the base model")
+    flag("--seed", type=int, default=42, help="of the data order and the sampling")
     return parser.parse_args(argv)
 
 

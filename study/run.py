@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -66,7 +65,7 @@ ABLATIONS: dict[str, Settings] = {  # the rows of Table 3
 }
 RLHF_FLAGS = {"max_steps": 100, "learning_rate": 3e-4, "kl_beta": 0.15, "max_new_tokens": 64}
 CENTER = {"objective": "clha", "min_reward_gap": 1.0}  # of the sweeps: the default that they moved to 0.5
-SWEEPS: dict[str, dict[float, Settings]] = {  # one setting changed at a time
+SWEEPS = {  # one setting changed at a time
     "margin": {value: CENTER | {"margin": value} for value in (0.0, 0.1, 0.3, 1.0, 3.0)},
     "reward gap": {value: CENTER | {"min_reward_gap": value} for value in (0.0, 0.5, 1.0, 2.0)},
     "weight of the SFT term": {value: CENTER | {"alpha": value} for value in (0.0, 0.01, 0.05, 0.2, 1.0)},
@@ -93,7 +92,8 @@ def run_name(settings: Settings, length: int) -> str:
     if objective == "clha":
         defaults = {name: getattr(clha.Config, name) for name in ("margin", "min_reward_gap", "gate")}
         values = defaults | {"alpha": 0.05 * (length - 1) ** 2} | values
-    return " ".join([objective, *(f"{name}={value}" for name, value in values.items())])
+    parts = [f"{name}={value}" for name, value in values.items()]
+    return " ".join([objective, *parts])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class World:
     rm_train: Path | None  # the reward model that scored the records, for RLHF too
     rm_eval: str | Path  # the one of the evaluation, which no training sees
     settings: Settings  # of clha.Config, for every run
-    generation: dict[str, int]  # options of evaluate.generate
+    max_new_tokens: int  # of a response to a test prompt
 
 
 def world_name(noise: float, length: int) -> str:
@@ -131,20 +131,20 @@ def toy_world(out: Path, seed: int, noise: float, length: int) -> World:
     if not data.exists():
         toy.write(data, seed, label_noise=noise, length=length)
     base = train_base(data, home)
-    rm_train = train_reward_model(base, data / "rm_train.jsonl", noisy / "rm_train", seed)
-    rm_eval = train_reward_model(base, data / "rm_eval.jsonl", noisy / "rm_eval", seed + 1)
+    rm_train = train_reward_model(base, data / "rm_train.jsonl", noisy, seed)
+    rm_eval = train_reward_model(base, data / "rm_eval.jsonl", noisy, seed + 1)
     return World(
         name=world_name(noise, length),
         folder=folder,
         length=length,
         base=base,
-        train_data=score(rm_train, data / "train.jsonl", folder / "train.jsonl"),
-        dev_data=score(rm_train, data / "dev.jsonl", folder / "dev.jsonl"),
+        train_data=score(rm_train, data / "train.jsonl", folder),
+        dev_data=score(rm_train, data / "dev.jsonl", folder),
         test_data=data / "test.jsonl",
         rm_train=rm_train,
         rm_eval=rm_eval,
         settings=SMALL | {"learning_rate": LEARNING_RATE, "max_steps": STEPS},
-        generation={"max_new_tokens": 64, "max_prompt_length": 384},
+        max_new_tokens=64,
     )
 
 
@@ -152,18 +152,18 @@ def train_base(data: Path, home: Path) -> Path:
     """The base model of a seed: SFT of an untrained model on random responses."""
     labelled = stage("labels", data / "pretrain.jsonl", home)
     learning = SMALL | {"learning_rate": 2e-3, "max_steps": 280, "lr_schedule": "cosine"}
-    paths = (str(data / "init"), str(labelled), str(home / "base"))
+    paths = map(str, (data / "init", labelled, home / "base"))
     return train(baselines.BaselineConfig(*paths, objective="sft", **learning))
 
 
-def train_reward_model(base: Path, data: Path, out: Path, seed: int) -> Path:
-    """Trains with reward.py unless it is done; the folder of the reward model."""
+def train_reward_model(base: Path, data: Path, folder: Path, seed: int) -> Path:
+    """Trains with reward.py unless it is done; the folder of the reward model, named as its data."""
+    out = folder / data.stem
     if not out.exists():
         args = {"model": str(base), "data": str(data), "out": str(out), "seed": seed}
         args |= {"learning_rate": 7e-4, "norm_penalty": 0.001, "epochs": 1, "batch_size": 32}
         args |= {"max_length": 1024, "pack_tokens": 4096}
-        with contextlib.redirect_stdout(io.StringIO()):
-            reward.train(argparse.Namespace(**args))
+        reward.train(argparse.Namespace(**args))
     return out
 
 
@@ -175,8 +175,9 @@ def stage(name: str, data: Path, folder: Path, *flags: str) -> Path:
     return out
 
 
-def score(reward_model: Path, records: Path, out: Path) -> Path:
-    """Scores records with reward.py unless it is done."""
+def score(reward_model: Path, records: Path, folder: Path) -> Path:
+    """Scores records with reward.py, in a file of a folder, unless it is done."""
+    out = folder / records.name
     if not out.exists():
         model = reward.load_reward_model(str(reward_model))
         reward.write_scores(model, reward.read_records(records), out)
@@ -189,20 +190,19 @@ def score(reward_model: Path, records: Path, out: Path) -> Path:
 
 def train(config: clha.Config) -> Path:
     """Trains unless it is done; the folder of the model. Raises InputError for a run of other settings."""
-    out = Path(config.output_dir)
-    if not (out / "final").exists():
-        with contextlib.redirect_stdout(io.StringIO()):
-            if isinstance(config, baselines.BaselineConfig):
-                baselines.train(config)
-            else:
-                clha.train(config)
-        return out / "final"
-    found = reward.read_json(out / "config.json", {}, "the settings of a run")
-    free = ("model", "train_data", "dev_data", "output_dir", "dtype", "pack_tokens")  # a study may be moved
-    for name, value in asdict(config).items():
-        if name not in free and value is not None and found.get(name) != value:
-            raise InputError(f"{out}: holds a run of other settings ({name}); choose another --out")
-    return out / "final"
+    final = Path(config.output_dir, "final")
+    if final.exists():
+        found = reward.read_json(final.with_name("config.json"), {}, "the settings of a run")
+        free = {*clha.FREE, "model", "dtype"}  # a study may be moved
+        for name, value in asdict(config).items():
+            if name not in free and value is not None and found.get(name) != value:
+                wrong = f"holds a run of other settings ({name}); choose another --out"
+                raise InputError(f"{final.parent}: {wrong}")
+    elif isinstance(config, baselines.BaselineConfig):
+        baselines.train(config)
+    else:
+        clha.train(config)
+    return final
 
 
 def align(world: World, settings: Settings, seed: int) -> Path:
@@ -214,7 +214,7 @@ def align(world: World, settings: Settings, seed: int) -> Path:
         return train_rlhf(world, out, seed)
     train_data = data_for(objective, world, world.train_data)
     dev_data = data_for(objective, world, world.dev_data)
-    paths = (str(world.base), str(train_data), str(out), str(dev_data))
+    paths = map(str, (world.base, train_data, out, dev_data))
     values = world.settings | {"eval_every": 20, "seed": seed} | values
     if objective == "clha":
         return train(clha.Config(*paths, **values))
@@ -223,13 +223,11 @@ def align(world: World, settings: Settings, seed: int) -> Path:
 
 def data_for(objective: str, world: World, data: Path) -> Path:
     """The records as an objective needs them."""
-    if objective == "coh":
-        return stage("hindsight", data, world.folder)
-    if objective == "released":
-        return stage("ranked", data, world.folder)
-    if objective == "dpo":
-        return stage("reference", data, world.folder, "--model", str(world.base))
-    return data
+    needed = {"coh": "hindsight", "released": "ranked", "dpo": "reference"}
+    if objective not in needed:
+        return data
+    flags = ("--model", str(world.base)) if objective == "dpo" else ()
+    return stage(needed[objective], data, world.folder, *flags)
 
 
 def train_rlhf(world: World, out: Path, seed: int) -> Path:
@@ -237,9 +235,7 @@ def train_rlhf(world: World, out: Path, seed: int) -> Path:
     if not (out / "final").exists():
         flags = {"model": world.base, "train_data": world.train_data, "reward_model": world.rm_train}
         flags |= {"output_dir": out, "seed": seed} | RLHF_FLAGS
-        argv = []
-        for name, value in flags.items():
-            argv += [f"--{name}", str(value)]
+        argv = [f"--{name}={value}" for name, value in flags.items()]
         rlhf.train(rlhf.parse_args(argv))
     return out / "final"
 
@@ -249,8 +245,7 @@ def evaluate_run(world: World, name: str, model: Path, seed: int, reward_model: 
     folder = world.folder / name
     if (folder / "row.json").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    options = world.generation | {"batch_size": 64}
+    options: dict[str, Any] = {"max_new_tokens": world.max_new_tokens}
     if name == "coh":
         stops = (*evaluate.STOP_STRINGS, baselines.GOOD, baselines.BAD)
         options |= {"response_prefix": baselines.GOOD, "stop_strings": stops}
@@ -258,32 +253,27 @@ def evaluate_run(world: World, name: str, model: Path, seed: int, reward_model: 
     responses = folder / "responses.jsonl"
     evaluate.write_responses(str(model), records, responses, **options)
     if world.rm_train:  # the toy world
-        toy.add_gold(world.test_data, responses, folder / "with_gold.jsonl")
-        responses = folder / "with_gold.jsonl"
-    summary = evaluate.score_file(str(responses), records, reward_model, folder / "eval")["Total"]
+        with_gold = folder / "with_gold.jsonl"
+        toy.add_gold(str(world.test_data), str(responses), with_gold)
+        responses = with_gold
+    summaries = evaluate.score_file(str(responses), records, reward_model, folder / "eval")
+    summary = summaries["Total"]
     row: Record = {"world": world.name, "seed": seed, "run": name}
     for score_name in ("gold", "reward", "char_bleu"):
         if score_name in summary:
             row[score_name] = summary[score_name]["mean"]
     row["word_bleu"] = summary["word_bleu"]
-    row |= details(world, name, folder)
-    with reward.whole(folder / "row.json") as partial:
-        partial.write_text(json.dumps(row) + "\n")
-
-
-def details(world: World, name: str, folder: Path) -> Record:
-    """What the report tells of a run besides its scores."""
-    found: Record = {}
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and name not in ("coh", "rlhf"):
-        found["likelihoods"] = likelihoods(metrics)
+        row["likelihoods"] = likelihoods(metrics)
     if world.rm_train:
-        found["anatomy"] = anatomy(folder / "eval/responses.jsonl")
+        row["anatomy"] = anatomy(folder / "eval/responses.jsonl")
     if world.rm_train and name == "base":
-        training = reward.read_json(world.rm_train / "training.json", {}, "a report of reward.py")
+        report = world.rm_train / "training.json"
+        training = reward.read_json(report, {}, "a report of reward.py")
         seen = {"agrees with labels": training["accuracy"], "mean reward": training["mean_reward"]}
-        found["rescoring"] = seen | rescoring(reward.read_records(world.train_data, ["rewards"]))
-    return found
+        row["rescoring"] = seen | rescoring(reward.read_records(world.train_data, ["rewards"]))
+    reward.write_jsonl(folder / "row.json", [row])
 
 
 def likelihoods(metrics: Path) -> dict[str, float]:
@@ -303,19 +293,14 @@ def anatomy(responses: Path) -> dict[str, float]:
 
 
 def rescoring(records: list[Record]) -> dict[str, float]:
-    """What rescoring sees of scored toy records, as shares of their pairs and queries.
-
-    Are the pairs it keeps in their true order, and is the best response good (gold above 0) where the gate is
-    open? Pairs of equal gold are left out.
-    """
-    rewards = torch.tensor([record["rewards"] for record in records])  # (B, l)
-    gold = [[toy.gold(record["prompt"], text) for text in record["responses"]] for record in records]
-    ranking = rewards.argsort(dim=1, descending=True, stable=True)
-    ranked_gold = torch.tensor(gold).gather(1, ranking)
-    keep, gate = clha.rescore(rewards.gather(1, ranking), clha.Config.min_reward_gap)
-    ahead = ranked_gold[:, :, None] - ranked_gold[:, None, :]  # (B, l, l)
+    """What rescoring sees of scored toy records: shares of queries, and of pairs whose gold differs."""
+    ranked = [clha.rank(record) for record in records]
+    rewards = torch.tensor([record["rewards"] for record in ranked])  # (B, l)
+    gold = torch.tensor([[toy.gold(row["prompt"], text) for text in row["responses"]] for row in ranked])
+    keep, gate = clha.rescore(rewards, clha.Config.min_reward_gap)
+    ahead = gold[:, :, None] - gold[:, None, :]  # (B, l, l)
     differ = (ahead != 0).triu(1)
-    best_is_good = ranked_gold[:, 0] > 0
+    best_is_good = gold[:, 0] > 0
     shares = {
         "pairs kept": keep[differ],
         "kept: in true order": ahead[differ & keep] > 0,
@@ -336,19 +321,15 @@ def run_all(world: World, runs: list[Settings], seed: int) -> None:
         evaluate_run(world, run_name(settings, world.length), model, seed, reward_model)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-
-
 def run_toy(args: argparse.Namespace) -> None:
-    """Every objective and ablation on each toy world, and the sweeps on one of each seed."""
+    """every objective and ablation on each toy world, and the sweeps on one of each seed"""
     for seed in args.seeds:
         for noise, length in itertools.product(NOISES, LENGTHS):
             run_all(toy_world(args.out, seed, noise, length), plan(noise, length), seed)
 
 
 def run_real(args: argparse.Namespace) -> None:
-    """The main objectives on real records; the seeds draw the order of the data only."""
+    """the main objectives on real records; the seeds draw the order of the data only"""
     data = Path(args.data)
     rows = methods(2) | ABLATIONS
     names = ("SFT", "RRHF, CLHA's SFT", "PRO", "DPO", "CLHA", "CLHA w/o rescore")
@@ -364,7 +345,7 @@ def run_real(args: argparse.Namespace) -> None:
             rm_train=None,
             rm_eval=args.reward_model,
             settings={},
-            generation={"max_new_tokens": 128},
+            max_new_tokens=128,
         )
         run_all(world, [rows[name] for name in names], seed)
 
@@ -372,21 +353,18 @@ def run_real(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses the command line and runs a part of the study."""
     parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    toy_study = commands.add_parser("toy", help="every objective on the toy world", description=__doc__)
-    toy_study.set_defaults(run=run_toy)
-    real_study = commands.add_parser("real", help="the main ones on real text", description=__doc__)
-    real_study.set_defaults(run=run_real)
-    real_study.add_argument("--data", required=True, help="folder of train.jsonl, dev.jsonl and test.jsonl")
-    real_study.add_argument("--model", required=True, help="language model: a folder or a hub name")
-    real_study.add_argument("--reward_model", required=True, help="that of the evaluation")
-    for command in (toy_study, real_study):
-        command.add_argument("--out", type=Path, default=Path("out/study"), help="folder for the runs")
-        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a world each")
+    for name, run in (("toy", run_toy), ("real", run_real)):
+        flag = parser.add_command(name, run)
+        flag("--out", type=Path, default=Path("out/study"), help="folder for the runs")
+        flag("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a world each")
+    flag("--data", required=True, help="folder of train.jsonl, dev.jsonl and test.jsonl")
+    flag("--model", required=True, help="language model: a folder or a hub name")
+    flag("--reward_model", required=True, help="that of the evaluation")
     args = parser.parse_args()
     reward.check_numbers(args)
     reward.check_output(args.out, "folder")
-    args.run(args)
+    with contextlib.redirect_stdout(io.StringIO()):  # what each run prints; progress bars are on stderr
+        args.run(args)
 
 
 if __name__ == "__main__":

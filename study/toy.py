@@ -4,17 +4,12 @@
     python -m study.toy gold --data data/test.jsonl --responses responses.jsonl --out with_gold.jsonl
 
 `make` writes data/{pretrain,rm_train,rm_eval,train,dev,test}.jsonl, records as clha.py reads them, and
-data/init, an untrained model with its tokenizer. `gold` adds the true reward, "gold", to each line of a file
-of responses, {"id", "response"}.
+data/init, an untrained model with its tokenizer. `gold` adds the true reward, "gold", to responses.
 
 Real preference data cannot say whether an aligned model is truly better: what measures it is itself a
-learned reward model. Here dialogues come from a seeded grammar and `gold` scores any text exactly, so label
-noise, the errors of a reward model and the gain of a method can each be measured.
-
-The world is built so that imitation is not enough. Errors are *modal*: every task has one usual mistake, made
-more often than not, and complete answers are rare. A model of the average response therefore makes the
-mistake too, and only comparing responses tells it from the right step. In more than two queries of five no
-response is worth imitating.
+learned reward model. Here a seeded grammar makes dialogues, and `gold` scores any text exactly. Imitation is
+not enough: every task has one usual mistake, made more often than not, which only comparing responses tells
+from the right step, and in more than two queries of five no response is worth imitating.
 """
 
 import argparse
@@ -24,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clha
+import evaluate
 import reward
 from clha import InputError, Record, Turn
 
@@ -146,14 +142,11 @@ SUBSETS = {  # tasks, the share of dialogues with two user turns, weights of the
 
 # Points are multiples of 1/4: sums are exact in floating point, and zero is really reached.
 START = -2.0
-MISTAKE = -1.0
-MIXED_UP = -0.75
-OFF_TOPIC = -1.0
-REPEATED = -0.5
-UNPARSED = -0.5
 MANNER_POINTS = {"polite": 0.25, "closing": 0.25, "unsure": -0.5, "rude": -1.0}
+WRONG = -1.0  # the usual mistake, or advice on another task
+MIXED_UP = -0.75
+NOTHING = -0.5  # a repetition, or a sentence that the grammar never says
 LOWEST = -3.0
-HIGHEST = 3.0
 
 _TASK_NAME = re.compile("|".join(TASKS))
 _MANNER_OF = {text.lower(): manner for manner, texts in MANNERS.items() for text in texts}
@@ -171,19 +164,14 @@ def task_of(prompt: list[Turn]) -> Task | None:
 
 def sentences(text: str) -> list[str]:
     """The sentences of any text in lower case, without end marks and a leading "first" or "then"."""
-    found = []
-    for part in re.split(r"[.!?\n]+", text):
-        sentence = " ".join(part.lower().split())
-        if sentence:
-            found.append(re.sub(r"^(first|then|after that)\b,? ?", "", sentence))
-    return found
+    parts = [" ".join(part.split()) for part in re.split(r"[.!?\n]+", text.lower())]
+    return [re.sub(r"^(first|then|after that)\b,? ?", "", part) for part in parts if part]
 
 
 def gold(prompt: list[Turn], response: str) -> float:
     """The true reward of any text as a response to `prompt`, in [-3, 3]; above 0 is acceptable. Never raises.
 
-    Adds up sentences: points for right steps and good manners, minus points for all else. Nothing earns
-    twice: a second polite phrase is a repetition, as a second mention of a step is. An empty text gets -3.
+    Nothing earns twice: a second polite phrase is a repetition, as a second mention of a step is.
     """
     task = task_of(prompt)
     steps = [step.lower() for step in task.steps] if task else []
@@ -194,7 +182,7 @@ def gold(prompt: list[Turn], response: str) -> float:
         manner = _MANNER_OF.get(sentence)
         kind = manner or sentence
         if kind in seen:
-            score += REPEATED
+            score += NOTHING
         elif manner:
             score += MANNER_POINTS[manner]
         elif sentence in steps:
@@ -203,16 +191,12 @@ def gold(prompt: list[Turn], response: str) -> float:
             if step < latest:
                 score += MIXED_UP
             latest = max(latest, step)
-        elif task and sentence == task.mistake.lower():
-            score += MISTAKE
         elif sentence in _ALL_ADVICE:
-            score += OFF_TOPIC
+            score += WRONG
         else:
-            score += UNPARSED
+            score += NOTHING
         seen.add(kind)
-    if not seen:
-        return LOWEST
-    return min(max(score, LOWEST), HIGHEST)
+    return max(score, LOWEST) if seen else LOWEST
 
 
 def anatomy(prompt: list[Turn], response: str) -> dict[str, float]:
@@ -236,12 +220,9 @@ def anatomy(prompt: list[Turn], response: str) -> dict[str, float]:
 # 3. Sampling
 
 
-def part_of(task: int, phrasing: int) -> str:
-    """The part of the data ("train", "dev", "test") that a pair of task and phrasing belongs to, by number.
-
-    Training meets every task and every phrasing; of its 14 phrasings a task keeps 2 for dev and 2 for test.
-    """
-    return {0: "test", 1: "dev"}.get((task + phrasing) % 7, "train")
+# The part that a pair of task and phrasing belongs to, by the sum of their numbers: training meets every task
+# and every phrasing; of its 14 phrasings a task keeps 2 for dev and 2 for test.
+PARTS = ("test", "dev", "train", "train", "train", "train", "train")
 
 
 def sample_prompt(rng: random.Random, subset: str, part: str) -> list[Turn]:
@@ -249,7 +230,7 @@ def sample_prompt(rng: random.Random, subset: str, part: str) -> list[Turn]:
     tasks, two_turns, _ = SUBSETS[subset]
     name = rng.choice(tasks)
     task = list(TASKS).index(name)
-    allowed = [text for k, text in enumerate(PHRASINGS) if part_of(task, k) == part]
+    allowed = [text for k, text in enumerate(PHRASINGS) if PARTS[(task + k) % 7] == part]
     contents = [rng.choice(allowed).format(name)]
     if rng.random() < two_turns:
         contents = [*rng.choice(SMALL_TALK), *contents]
@@ -258,9 +239,9 @@ def sample_prompt(rng: random.Random, subset: str, part: str) -> list[Turn]:
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
-def sample_advice(rng: random.Random, task: Task, grade: str) -> list[str]:
-    """The steps that a response of one of the `GRADES` names, the usual mistake among them; may be empty."""
-    _, _, steps, mistake, swapped, _ = GRADES[grade]
+def sample_response(rng: random.Random, task: Task, grade: str) -> str:
+    """A response to `task` of one of the `GRADES`: one to five sentences."""
+    polite, rude, steps, mistake, swapped, closing = GRADES[grade]
     mistaken = rng.random() < mistake
     advice = []
     for k, step in enumerate(task.steps):
@@ -270,13 +251,6 @@ def sample_advice(rng: random.Random, task: Task, grade: str) -> list[str]:
             advice.append(step)
     if rng.random() < swapped:
         advice[-2:] = reversed(advice[-2:])
-    return advice
-
-
-def sample_response(rng: random.Random, task: Task, grade: str) -> str:
-    """A response to `task` of one of the `GRADES`: one to five sentences."""
-    polite, rude, _, _, _, closing = GRADES[grade]
-    advice = sample_advice(rng, task, grade)
     said = [link + text for link, text in zip(task.links, advice, strict=False)]
     if not said:
         said += MANNERS["unsure"]
@@ -290,7 +264,7 @@ def sample_response(rng: random.Random, task: Task, grade: str) -> str:
     return " ".join(f"{text}." for text in said)
 
 
-def sample_record(rng: random.Random, part: str, length: int, label_noise: float) -> Record:
+def sample_record(rng: random.Random, part: str, length: int, noise: float) -> Record:
     """One query with `length` different responses: the labelled one first, the others in the order drawn."""
     subset = rng.choice(list(SUBSETS))
     prompt = sample_prompt(rng, subset, part)
@@ -302,20 +276,18 @@ def sample_record(rng: random.Random, part: str, length: int, label_noise: float
             responses.append(response)
     best = max(responses, key=lambda response: gold(prompt, response))
     other = rng.choice([response for response in responses if response != best])
-    first = other if rng.random() < label_noise else best  # always drawn: noise changes labels only
+    first = other if rng.random() < noise else best  # always drawn: noise changes labels only
     responses.remove(first)
     return {"prompt": prompt, "responses": [first, *responses], "chosen": 0, "subset": subset}
 
 
-def sample_split(
-    seed: int, split: str, part: str, size: int, length: int, label_noise: float
-) -> list[Record]:
+def sample_split(seed: int, split: str, part: str, size: int, length: int, noise: float) -> list[Record]:
     """`size` records of one split, from a random stream of its own; prompts of dev and test never repeat."""
     rng = random.Random(f"{seed}/{split}")
     records: list[Record] = []
     asked: list[list[Turn]] = []
     while len(records) < size:
-        record = sample_record(rng, part, length, label_noise)
+        record = sample_record(rng, part, length, noise)
         if part == "train" or record["prompt"] not in asked:
             record["id"] = f"{split}-{len(records)}"
             records.append(record)
@@ -334,14 +306,15 @@ def make_splits(
     dev: int = 160,
     test: int = 400,
 ) -> dict[str, list[Record]]:
-    """All data of one seed as {split: records}; each split has its own random stream, and all four subsets.
+    """All data of one seed as {split: records}, with four subsets in each.
 
     `label_noise` in [0, 1] is the share of labels that prefer a worse response, `length` >= 2 the number of
-    responses in "train". The first response of "pretrain" is a random one: the base model learns the average.
-    Prompts of "dev" and "test" are unseen pairs of task and phrasing, and no two of a split are the same.
+    responses in "train". Prompts of "dev" and "test" are pairs of task and phrasing that no other split has.
     """
     return {
-        "pretrain": sample_split(seed, "pretrain", "train", base, 2, 0.5),  # 1/2 of two: no preference
+        "pretrain": sample_split(
+            seed, "pretrain", "train", base, 2, 0.5
+        ),  # of two: the base model learns the average
         "rm_train": sample_split(seed, "rm_train", "train", pairs, 2, label_noise),  # for training's rewards
         "rm_eval": sample_split(seed, "rm_eval", "train", pairs, 2, label_noise),  # for the evaluation's
         "train": sample_split(seed, "train", "train", queries, length, label_noise),
@@ -360,39 +333,25 @@ def train_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokeni
     Before merging, a word is cut off together with the space before it: no token spans "Assistant:" and the
     response, so the ids of a prompt are always a prefix of the ids of prompt + " " + response.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text can be encoded
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    training = {"min_frequency": 0, "show_progress": False, "special_tokens": list(names.values())}
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, **training)
+    tokenizer = Tokenizer.from_str(bpe.to_str())
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=1024,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **names)
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A random LLaMA of about 0.3 M parameters, fp32; the random state outside is left as it was."""
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,  # untied, a fifth of the parameters would be a second vocabulary
+        **sizes,
+        **special,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -400,10 +359,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def write(out: str | Path, seed: int, **options: Any) -> None:
-    """Writes out/{pretrain,rm_train,rm_eval,train,dev,test}.jsonl and out/init, an untrained model.
-
-    `options` as for `make_splits`. The folder appears whole or not at all; InputError if it is there already.
-    """
+    """Writes what `make_splits` makes of these options, and init/, as a new folder, whole or not at all."""
     reward.check_output(out, "new")
     splits = make_splits(seed, **options)
     texts = [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in splits["pretrain"]]
@@ -416,66 +372,50 @@ def write(out: str | Path, seed: int, **options: Any) -> None:
         tiny_llama(tokenizer, seed).save_pretrained(folder / "init")
 
 
-def add_gold(data: str | Path, responses: str | Path, out: str | Path) -> None:
-    """Writes the lines of a file of responses, {"id", "response"}, with the true reward "gold" added to each.
-
-    `data` has the prompts, by id. Raises InputError for a line without a text or of an unknown id.
-    """
+def add_gold(data: str, responses: str, out: str | Path) -> None:
+    """Writes a file of responses again, with the true reward "gold" of each. Raises InputError."""
     reward.check_output(out, "file")
-    prompts = {record["id"]: record["prompt"] for record in clha.iter_records(data)}
-    rows = []
-    for number, row in clha.read_jsonl(responses):
-        where = f"{responses}, line {number}"
-        if not isinstance(row.get("response"), str):
-            raise InputError(f'{where}: no text "response"; `evaluate.py generate` writes such lines')
-        if not isinstance(row.get("id"), str) or row["id"] not in prompts:
-            raise InputError(f'{where}: "id" {str(row.get("id"))[:40]} is of no record in {data}')
-        rows.append(row | {"gold": gold(prompts[row["id"]], row["response"])})
+    records = reward.read_records(data)
+    rows = evaluate.read_responses(responses, records)
+    for record, row in zip(records, rows, strict=True):
+        row["gold"] = gold(record["prompt"], row["response"])
     reward.write_jsonl(out, rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. The command line
-
-
 def make(args: argparse.Namespace) -> None:
-    """Writes the world and says how many queries each file has."""
+    """write the world"""
     if args.label_noise > 1:
         raise InputError(f"--label_noise {args.label_noise}: must be a share, 0 to 1")
     if not 2 <= args.length <= 8:
         raise InputError(f"--length {args.length}: must be 2 to 8 responses")
     options = {"label_noise": args.label_noise, "length": args.length, "queries": args.queries}
     write(args.out, args.seed, **options)
-    print(f"{args.out}: init/, an untrained model, and the records of")
-    for path in sorted(Path(args.out).glob("*.jsonl")):
-        print(f"  {path.name}: {sum(1 for _ in clha.read_jsonl(path)):,} queries")
+    print(f"{args.out}: an untrained model, and the records of seed {args.seed}")
+
+
+def add_golds(args: argparse.Namespace) -> None:
+    """add the true reward to responses"""
+    for path in args.responses:
+        several = len(args.responses) > 1
+        add_gold(args.data, path, Path(args.out) / Path(path).name if several else args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and runs `make` or `gold`."""
+    """Parses the command line and runs one of the commands."""
     parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="write the world", description=__doc__)
-    making.add_argument("--out", required=True, help="folder for the world; must not exist")
-    making.add_argument("--seed", type=int, default=42, help="of everything that is drawn")
-    making.add_argument("--label_noise", type=float, default=0.2, help="share of wrong labels")
-    making.add_argument("--length", type=int, default=2, help="responses per query in train.jsonl")
-    making.add_argument("--queries", type=int, default=2048, help="queries in train.jsonl")
-    scoring = commands.add_parser("gold", help="add the true reward to responses", description=__doc__)
-    scoring.add_argument("--data", required=True, help="records with the prompts, JSON lines")
-    scoring.add_argument("--responses", required=True, nargs="+", help='files of lines {"id", "response"}')
-    scoring.add_argument(
-        "--out", required=True, help='file for the lines with "gold"; of several files, a folder'
-    )
+    flag = parser.add_command("make", make)
+    flag("--out", required=True, help="folder for the world; must not exist")
+    flag("--seed", type=int, default=42, help="of everything that is drawn")
+    flag("--label_noise", type=float, default=0.2, help="share of wrong labels")
+    flag("--length", type=int, default=2, help="responses per query in train.jsonl")
+    flag("--queries", type=int, default=2048, help="queries in train.jsonl")
+    flag = parser.add_command("gold", add_golds)
+    flag("--data", required=True, help="records with the prompts, JSON lines")
+    flag("--responses", required=True, nargs="+", help="files of `evaluate.py generate`")
+    flag("--out", required=True, help='file for the lines with "gold"; of several files, a folder')
     args = parser.parse_args(argv)
     reward.check_numbers(args)
-    if args.command == "make":
-        make(args)
-    elif len(args.responses) == 1:
-        add_gold(args.data, args.responses[0], args.out)
-    else:
-        for path in args.responses:
-            add_gold(args.data, path, Path(args.out) / Path(path).name)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Two models side by side: blind sheets, what a browser makes of them, tallies and pairs by hand."""
 
-import csv
 import json
 import math
-import random
 import shutil
 import subprocess
 import sys
@@ -127,17 +125,11 @@ def test_the_majority_is_more_than_half(votes: str, outcome: str) -> None:
 # Sheets
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)"])
-def test_no_cell_of_a_sheet_is_a_formula(text: str) -> None:
-    row = {"item": "1", "subset": text, "prompt": [{"role": "user", "content": "Tea?"}], "left": text}
-    [cells] = csv.DictReader(people.csv_sheet([row | {"right": "Yes"}], "s").lstrip("\ufeff").splitlines())
-    assert cells["left"] == cells["subset"] == f"'{text}" and cells["right"] == "Yes"
-
-
 def test_a_sheet_is_blind_and_its_key_is_right(sheet: Path) -> None:
     key = json.loads((sheet / "key.json").read_text())
-    with (sheet / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    html = (sheet / "sheet.html").read_text(encoding="utf-8")
+    data = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    rows = data["items"]
     assert [row["item"] for row in rows] == [str(i) for i in range(1, 17)] == list(key["items"])
     # The responses spell a model's name backwards, which tells the test, and nobody else, whose they are.
     for row in rows:
@@ -146,15 +138,10 @@ def test_a_sheet_is_blind_and_its_key_is_right(sheet: Path) -> None:
         assert left == secret["left"] and {left, right} == {"clha", "base"} == set(key["models"])
         number = secret["id"].removeprefix("item-")
         assert row["left"].endswith(f"says {number}") and row["right"].endswith(f"says {number}")
-        assert row["prompt"] == (
-            f"Human: Hello {number}\n\nAssistant: Hi.\n\nHuman: Question {number}\n\n<b>bold?</b>"
-        )
-        assert (row["subset"], row["sheet"], row["answer"]) == (secret["subset"], key["sheet"], "")
+        assert row["prompt"][-1]["content"] == f"Question {number}\n\n<b>bold?</b>"
+    assert data["sheet"] == key["sheet"]
     assert {secret["left"] for secret in key["items"].values()} == {"clha", "base"}
-    for name in ("sheet.html", "sheet.csv"):
-        text = (sheet / name).read_text(encoding="utf-8")
-        assert key["sheet"] in text and "ahlc says" in text
-        assert not any(secret in text for secret in ("clha", "base", "item-", "reward"))
+    assert not any(secret in html for secret in ("clha", "base", "item-", "reward"))
 
 
 def test_items_and_sides_are_drawn_fairly_and_by_seed(tmp_path: Path) -> None:
@@ -163,7 +150,7 @@ def test_items_and_sides_are_drawn_fairly_and_by_seed(tmp_path: Path) -> None:
     rows, key = people.make_sheet(evaluations, 300, seed=1)
     assert (rows, key) == people.make_sheet(evaluations, 300, seed=1)
     assert key["sheet"] != people.make_sheet(evaluations, 300, seed=2)[1]["sheet"]
-    subsets = [row["subset"] for row in rows]
+    subsets = [key["items"][row["item"]]["subset"] for row in rows]
     assert {name: subsets.count(name) for name in "abc"} == {"a": 200, "b": 200, "c": 300}
     assert len(set(subsets[:20])) == 3  # mixed, so that a sheet half done is no half of the subsets
     assert len({item["id"] for item in key["items"].values()}) == 700
@@ -221,31 +208,10 @@ def test_a_subset_counts_its_own_items(sheet: Path, program: Program) -> None:
     assert plot.stat().st_size > 5000
 
 
-def test_a_filled_in_spreadsheet_counts_as_the_page_does(sheet: Path, program: Program) -> None:
-    outcomes = [random.Random(i).choice(["win", "lose", "tie", ""]) for i in range(16)]
-    saved = answer_file(sheet, "Ann", outcomes)
-    answers = json.loads(saved.read_text())["answers"]
-    with (sheet / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    filled = sheet.parent / "Ann.csv"
-    with filled.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(row | {"answer": answers.get(row["item"], "").title() + " "} for row in rows)
-    tallies = [program("tally", "--key", sheet / "key.json", path) for path in (saved, filled)]
-    assert tallies[0] == tallies[1]
-
-
 def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
     shares = people.shares(["win", "tie"])
     people.plot_shares({"$x^{$": shares, "Total": shares}, ["$y^{$", "base"], str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").stat().st_size > 5000
-
-
-def test_a_spreadsheet_with_a_long_dialogue_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "Ann.csv"
-    path.write_text(f"sheet,item,prompt,answer\nsheet-0,1,{'long ' * 30_000},Left\n")
-    assert people.read_csv(str(path)) == {"sheet": "sheet-0", "annotator": "Ann", "answers": {"1": "left"}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,8 +254,8 @@ def test_pairs_and_cases_by_hand(tmp_path: Path, program: Program) -> None:
     [
         ("sheets {x} {empty} --out {out}", "empty: no responses.jsonl in it"),
         ("sheets {x} {x}/. --out {out}", "two of these have one name"),
-        ("sheets {x} {fewer} --out {out}", "x and fewer are of different items, such as item-2"),
-        ("sheets {x} {other} --out {out}", "x and other are of different items, such as item-0"),
+        ("sheets {x} {fewer} --out {out}", "fewer: of different items"),
+        ("sheets {x} {other} --out {out}", "other: of different items, or the prompts differ"),
         ("sheets {x} {broken} --out {out}", "line 1: not a response with its id, prompt, subset and reward"),
         ("sheets {x} {twice} --out {out}", "line 4: a second response to item item-2"),
         ("sheets {x} {none} --out {out}", "no responses in it"),
@@ -297,23 +263,18 @@ def test_pairs_and_cases_by_hand(tmp_path: Path, program: Program) -> None:
         ("sheets {x} {y} --out {x}", "x: exists already"),
         ("sheets {x} --out {out}", "arguments are required: folders (see --help)"),
         ("compare {x}", "needs two folders or more"),
-        ("compare {x} {y} {fewer} --out {out}", "of different items, such as item-2"),
+        ("compare {x} {y} {fewer} --out {out}", "of different items"),
         ("compare {x} {y} --out {x}", "x: exists already"),
         ("tally --key {key} {ann} --out {x}", "x: exists already"),
         ("tally --key {key} {ann} {ann} --out {out}", "a second file of the annotator Ann"),
-        (
-            "tally --key {key} {ann} {other_sheet} --out {out}",
-            "the answers are of sheet-0, the key is of sheet-",
-        ),
+        ("tally --key {key} {ann} {other_sheet} --out {out}", "the answers are of sheet-0, the key is of "),
         ("tally --key {key} {both} --out {out}", "item 1: 'both' is none of left, right, tie"),
         ("tally --key {key} {far} --out {out}", "the sheet has no item 99"),
         ("tally --key {key} {silent} --out {out}", "no answers in them"),
         ("tally --key {ann} {ann} --out {out}", "not the key of a sheet, with sheet, models, items"),
         ("tally --key {key} {key} --out {out}", "not a file of answers, with sheet, annotator, answers"),
         ("tally --key {key} {x} --out {out}", "not readable as JSON"),
-        ("tally --key {key} nowhere.csv --out {out}", "not readable as CSV"),
-        ("tally --key {key} {table} --out {out}", "not a sheet, with the columns"),
-        ("tally --key {key} {latin} --out {out}", "latin.csv: not readable as CSV in UTF-8"),
+        ("tally --key {key} nowhere --out {out}", "not readable as JSON"),
         ("tally --key {key} {list} --out {out}", "item 1: ['left'] is none of left, right, tie"),
         ("tally --key {key} {ann} --plot figure3", "--plot figure3: the name must end in one of"),
         ("tally --key {one} {ann}", '"models" must be the names of two models'),
@@ -337,10 +298,7 @@ def test_wrong_input(command: str, message: str, tmp_path: Path, program: Progra
     write_jsonl(paths["other"] / "responses.jsonl", [row | {"prompt": prompt} for row in lines])
 
     program("sheets", paths["x"], paths["y"], "--out", tmp_path / "sheet")
-    paths |= {"key": tmp_path / "sheet" / "key.json", "table": tmp_path / "table.csv"}
-    paths["table"].write_text("sheet;item;answer\n")
-    paths["latin"] = tmp_path / "latin.csv"
-    paths["latin"].write_bytes("sheet,item,answer\nsheet-0,1,é".encode("latin-1"))
+    paths |= {"key": tmp_path / "sheet" / "key.json"}
     good = json.loads(answer_file(tmp_path / "sheet", "Ann", ["win"]).read_text())
     changes: dict[str, dict[str, Any]] = {
         "ann": {},

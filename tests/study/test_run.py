@@ -86,7 +86,7 @@ def world(tmp_path: Path) -> run.World:
         rm_train=tmp_path / "rm_train",
         rm_eval=tmp_path / "rm_eval",
         settings={"max_steps": 2},
-        generation={"max_new_tokens": 4},
+        max_new_tokens=4,
     )
 
 
@@ -169,7 +169,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> run.World:
     for name in ("train", "dev"):
         rows = [row | {"rewards": [1.0, -1.0]} for _, row in clha.read_jsonl(data / f"{name}.jsonl")]
         reward.write_jsonl(home / f"{name}.jsonl", rows)
-    rm = run.train_reward_model(data / "init", data / "rm_train.jsonl", home / "rm", seed=0)
+    rm = run.train_reward_model(data / "init", data / "rm_train.jsonl", home, seed=0)
     return run.World(
         name=run.world_name(run.NOISE, 2),
         folder=home / "runs",
@@ -181,7 +181,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> run.World:
         rm_train=rm,
         rm_eval=rm,
         settings={"max_steps": 1, "batch_size": 8, "activation_checkpointing": "none"},
-        generation={"max_new_tokens": 4},
+        max_new_tokens=4,
     )
 
 

@@ -283,9 +283,7 @@ def test_the_data_of_a_seed_is_known_by_its_hash(splits: dict[str, list[Record]]
 # The commands
 
 
-def test_make_writes_the_world_of_its_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_make_writes_the_world_of_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = partial(toy.make_splits, base=60, pairs=20, dev=10, test=20)
     monkeypatch.setattr(toy, "make_splits", small)
     out = tmp_path / "world"
@@ -293,8 +291,6 @@ def test_make_writes_the_world_of_its_flags(
     toy.main(["make", "--out", str(out), *flags])
     for split, records in small(5, label_noise=0.4, length=3, queries=30).items():
         assert list(clha.iter_records(out / f"{split}.jsonl")) == records
-    printed = capsys.readouterr().out
-    assert "train.jsonl: 30 queries" in printed and "pretrain.jsonl: 60 queries" in printed
 
 
 def test_gold_adds_the_true_reward_to_each_line(tmp_path: Path) -> None:
@@ -303,16 +299,14 @@ def test_gold_adds_the_true_reward_to_each_line(tmp_path: Path) -> None:
         tmp_path / "data.jsonl", [record | {"id": "tea"}, record | {"id": "lock", "prompt": LOCK}]
     )
     rows = [
-        {"id": "lock", "response": "I will not help with that.", "seconds": 2},
-        {"id": "tea", "response": "First, boil the water."},
-        {"id": "tea", "response": ""},
+        {"id": "lock", "response": "I will not help with that."},
+        {"id": "tea", "response": "First, boil the water.", "seconds": 2},
     ]
     reward.write_jsonl(tmp_path / "responses.jsonl", rows)
     words = ["--data", "data.jsonl", "--responses", "responses.jsonl", "--out", "gold.jsonl"]
     toy.main(["gold", *(str(tmp_path / word) if word[0] != "-" else word for word in words)])
     found = [row for _, row in clha.read_jsonl(tmp_path / "gold.jsonl")]
-    golds = [0.5, -0.5, -3.0]
-    assert found == [row | {"gold": value} for row, value in zip(rows, golds, strict=True)]
+    assert found == [rows[1] | {"gold": -0.5}, rows[0] | {"gold": 0.5}]  # in the order of the data
 
 
 def test_gold_of_several_files_is_a_folder(tmp_path: Path) -> None:
@@ -330,17 +324,15 @@ def test_gold_of_several_files_is_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"id": "coffee", "response": "a"}, 'responses.jsonl, line 1: "id" coffee is of no record in'),
-        ({"response": "a"}, 'responses.jsonl, line 1: "id" None is of no record in'),
-        ({"id": ["tea"], "response": "a"}, "is of no record in"),
-        ({"id": "tea", "response": 3}, 'responses.jsonl, line 1: no text "response"'),
+        ({"id": "coffee", "response": "a"}, "responses.jsonl, line 1: no record has the id coffee"),
+        ({"id": "tea", "response": 3}, 'responses.jsonl, line 1: needs "id" and "response", two texts'),
     ],
 )
 def test_gold_refuses_a_line_in_one_line(line: Record, message: str, tmp_path: Path) -> None:
     reward.write_jsonl(tmp_path / "data.jsonl", [{"id": "tea", "prompt": TEA, "responses": ["a", "b"]}])
     reward.write_jsonl(tmp_path / "responses.jsonl", [line])
     with pytest.raises(InputError, match=re.escape(message)):
-        toy.add_gold(tmp_path / "data.jsonl", tmp_path / "responses.jsonl", tmp_path / "out.jsonl")
+        toy.add_gold(str(tmp_path / "data.jsonl"), str(tmp_path / "responses.jsonl"), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
