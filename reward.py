@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -105,9 +106,9 @@ class RewardModel:
             raise InputError(f"{self.model.name_or_path}: gives a text a reward that is not finite")
         if self.head:
             fullest = max(passes, key=lambda chunk: sum(len(groups[k]) for k in chunk))
-            longest = max(range(len(groups)), key=lambda k: max(len(texts[i]) for i in groups[k]))
-            for k in {longest, fullest[-1]}:  # the longest text; one that shares its pack with most
-                self.compare([texts[i] for i in groups[k]], [scores[i] for i in groups[k]])
+            longest = max(range(len(queries)), key=lambda k: queries[k]["longest"])
+            for i in {*groups[longest], *groups[fullest[-1]]}:  # the latter shares its pack with most
+                self.compare(texts[i], scores[i])
         return scores
 
     def encode(self, prompts: list[list[Turn]], responses: list[str]) -> list[list[int]]:
@@ -140,16 +141,15 @@ class RewardModel:
         ends = sizes.flatten().cumsum(0).view_as(sizes)[:, 1:]  # (B, l)
         return self.head(states[ends - 1])[..., 0].float()
 
-    def compare(self, texts: list[list[int]], scores: list[float]) -> None:
-        """Raises InputError where texts scored in a pack get another score alone, with eager attention."""
+    def compare(self, ids: list[int], score: float) -> None:
+        """Raises InputError where a text scored in a pack gets another score alone, with eager attention."""
         self.model.set_attn_implementation("eager")
-        for ids, score in zip(texts, scores, strict=True):
-            states = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
-            alone = self.head(states.last_hidden_state[0, -1]).item()
-            off = abs(score - alone) / (1 + abs(alone))
-            if not off <= TOLERANCE[self.model.dtype]:
-                wrong = f"not supported, as it scores a text {score:.4g} in a pack, {alone:.4g} alone"
-                raise InputError(f"{self.model.config.model_type}: {wrong}")
+        states = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
+        alone = self.head(states.last_hidden_state[0, -1]).item()
+        off = abs(score - alone) / (1 + abs(alone))
+        if not off <= TOLERANCE[self.model.dtype]:
+            wrong = f"not supported, as it scores a text {score:.4g} in a pack, {alone:.4g} alone"
+            raise InputError(f"{self.model.config.model_type}: {wrong}")
 
 
 def share_prefix(texts: list[list[int]]) -> Example:
@@ -159,8 +159,9 @@ def share_prefix(texts: list[list[int]]) -> Example:
     while common < shortest - 1 and all(ids[common] == texts[0][common] for ids in texts):
         common += 1
     response_ids = [ids[common:] for ids in texts]
-    size = common + sum(len(ids) for ids in response_ids)
-    return {"prompt_ids": texts[0][:common], "response_ids": response_ids, "size": size}
+    lengths = [len(ids) for ids in response_ids]
+    size = {"size": common + sum(lengths), "longest": common + max(lengths)}  # in tokens
+    return {"prompt_ids": texts[0][:common], "response_ids": response_ids} | size
 
 
 def filled_length(tokens: int, device: torch.device) -> int:
@@ -250,8 +251,11 @@ def chat_text(tokenizer: Tokenizer, prompt: list[Turn], response: str) -> str:
 
 def score_records(model: RewardModel, records: list[Record]) -> list[Record]:
     """The records with "rewards" added."""
-    prompts = [record["prompt"] for record in records for _ in record["responses"]]
-    responses = [response for record in records for response in record["responses"]]
+    prompts = []
+    responses = []
+    for record in records:
+        prompts += [record["prompt"]] * len(record["responses"])
+        responses += record["responses"]
     scores = iter(model.score(prompts, responses))
     return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in records]
 
@@ -260,9 +264,11 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     """Writes the records with "rewards" added, by all processes together; goes on where it was stopped."""
     settings = [fingerprint(model.model.name_or_path), model.max_length]
     _, processes, _ = clha.init_process()
-    write_in_parts(
-        out, records, settings, lambda share, _: score_records(model, share), 512 * processes, "score"
-    )
+
+    def work(share: list[Record], _: int) -> list[Record]:
+        return score_records(model, share)
+
+    write_in_parts(out, records, settings, work, 512 * processes, "score")
 
 
 def reward_gaps(records: list[Record]) -> Tensor:
@@ -447,7 +453,7 @@ def train(args: argparse.Namespace) -> None:
     steps = round(args.epochs * len(training) / args.batch_size)
     if not held_out or not steps:
         raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
-    longest = max(training, key=lambda query: len(query["prompt_ids"]) + max(map(len, query["response_ids"])))
+    longest = max(training, key=itemgetter("longest"))
     texts = [longest["prompt_ids"] + ids for ids in longest["response_ids"]]
     model.score_ids(texts, [list(range(len(texts)))])  # refuses what packs get wrong
     optimizer = torch.optim.AdamW(model.model.parameters(), args.learning_rate, weight_decay=0.0)
@@ -533,8 +539,12 @@ def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, floa
 
     So min_reward_gap means the same for every reward model.
     """
-    rows = [model.rewards([query])[0] for query in held_out]  # (l,) each
-    right = sum(int((row[query["chosen"]] > row).sum()) for query, row in zip(held_out, rows, strict=True))
+    right = 0
+    rows = []
+    for query in held_out:
+        row = model.rewards([query])[0]  # (l,)
+        right += int((row[query["chosen"]] > row).sum())
+        rows.append(row)
     rewards = torch.cat(rows)
     pairs = len(rewards) - len(rows)
     scale = rewards.std()

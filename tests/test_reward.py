@@ -129,7 +129,7 @@ def test_eq_1_by_hand() -> None:
 
 def test_texts_share_what_they_begin_with_and_keep_a_token_each() -> None:
     query = reward.share_prefix([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3]])
-    assert query == {"prompt_ids": [1, 2], "response_ids": [[3, 4], [5], [3]], "size": 6}
+    assert query == {"prompt_ids": [1, 2], "response_ids": [[3, 4], [5], [3]], "size": 6, "longest": 4}
     assert reward.share_prefix([[1, 2], [1, 2]])["response_ids"] == [[2], [2]]
     assert reward.share_prefix([[1, 2, 3], [1]])["response_ids"] == [[1, 2, 3], [1]]
     assert reward.share_prefix([[7, 8]])["prompt_ids"] == [7]
