@@ -297,10 +297,7 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
 def score_file(
     path: str, records: list[Record], reward_model: reward.RewardModel, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Scores a file of responses, all processes together, resuming what was interrupted; the summary.
-
-    The folder gets responses.jsonl, table.md and, last, scores.json.
-    """
+    """Scores a file of responses, as responses.jsonl, table.md and, last, scores.json; the summary."""
     rank, processes, _ = clha.init_process()
     items = list(zip(records, read_responses(path, records), strict=True))
 

@@ -249,24 +249,19 @@ def chat_text(tokenizer: Tokenizer, prompt: list[Turn], response: str) -> str:
 # Scoring
 
 
-def score_records(model: RewardModel, records: list[Record]) -> list[Record]:
-    """The records with "rewards" added."""
-    prompts = []
-    responses = []
-    for record in records:
-        prompts += [record["prompt"]] * len(record["responses"])
-        responses += record["responses"]
-    scores = iter(model.score(prompts, responses))
-    return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in records]
-
-
 def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     """Writes the records with "rewards" added, by all processes together; goes on where it was stopped."""
     settings = [fingerprint(model.model.name_or_path), model.max_length]
     _, processes, _ = clha.init_process()
 
     def work(share: list[Record], _: int) -> list[Record]:
-        return score_records(model, share)
+        prompts = []
+        responses = []
+        for record in share:
+            prompts += [record["prompt"]] * len(record["responses"])
+            responses += record["responses"]
+        scores = iter(model.score(prompts, responses))
+        return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in share]
 
     write_in_parts(out, records, settings, work, 512 * processes, "score")
 
@@ -535,10 +530,7 @@ def train_step(
 
 @torch.inference_mode()
 def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, float]:
-    """Divides rewards by their standard deviation on held-out queries; reports their accuracy and mean.
-
-    So min_reward_gap means the same for every reward model.
-    """
+    """Divides rewards by their deviation on held-out queries, as min_reward_gap expects; reports on them."""
     right = 0
     rows = []
     for query in held_out:

@@ -561,7 +561,9 @@ def test_training_finds_what_is_preferred_on_queries_it_has_not_seen(trained: di
     assert not [path for path in trained["path"].parent.iterdir() if path.name not in ("rm", "pairs.jsonl")]
 
 
-def test_the_report_is_what_the_saved_model_gives_in_units_of_its_deviation(trained: dict[str, Any]) -> None:
+def test_the_report_is_what_the_saved_model_gives_in_units_of_its_deviation(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
     report = json.loads((trained["path"] / "training.json").read_text())
     held_out = []
     for record in make_records(200):
@@ -570,7 +572,8 @@ def test_the_report_is_what_the_saved_model_gives_in_units_of_its_deviation(trai
     right = 0
     pairs = 0
     rewards = []
-    for record in reward.score_records(reward.load_reward_model(str(trained["path"])), held_out):
+    reward.write_scores(reward.load_reward_model(str(trained["path"])), held_out, tmp_path / "scored.jsonl")
+    for record in reward.read_records(tmp_path / "scored.jsonl"):
         best = record["rewards"][record["chosen"]]
         right += sum(best > other for other in record["rewards"])
         pairs += len(record["rewards"]) - 1
@@ -793,7 +796,8 @@ def test_two_processes_do_the_work_of_one(
         multiply(tmp_path / "out.jsonl", 3)  # begun by one process, finished by two
     dist.destroy_process_group()  # it is not to be forked
     in_two_processes(score_in_group, tmp_path, classifier)
-    alone = reward.score_records(reward.load_reward_model(str(classifier)), records)
+    reward.write_scores(reward.load_reward_model(str(classifier)), records, tmp_path / "alone.jsonl")
+    alone = reward.read_records(tmp_path / "alone.jsonl", need=["rewards"])
     together = reward.read_records(tmp_path / "scored.jsonl", need=["rewards"])
     for a, b in zip(alone, together, strict=True):
         assert a["id"] == b["id"] and a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
