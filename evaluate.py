@@ -285,7 +285,7 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[Record]] = {}
     for row in sorted(rows, key=itemgetter("subset")):
         groups.setdefault(row["subset"], []).append(row)
-    summary = {}
+    summary: dict[str, dict[str, Any]] = {}
     for subset, members in (groups | {"Total": rows}).items():
         words = word_bleu([row["response"] for row in members], [row["reference"] for row in members])
         summary[subset] = {"n": len(members), "word_bleu": words}

@@ -278,11 +278,12 @@ def reward_gaps(records: list[Record]) -> Tensor:
 def summary(records: list[Record]) -> str:
     """Rewards, gate and reward gaps as a few lines of Markdown: what a `min_reward_gap` would keep."""
     rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
-    best = [max(record["rewards"]) for record in records]
+    best = []
     agreements = []
-    for record, highest in zip(records, best, strict=True):
+    for record in records:
+        best.append(max(record["rewards"]))
         if "chosen" in record:
-            agreements.append(record["rewards"][record["chosen"]] == highest)
+            agreements.append(record["rewards"][record["chosen"]] == best[-1])
     line = f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; "
     opened = sum(reward > 0 for reward in best) / len(records)
     line += f"the best response is above 0 (gate open) in {opened:.1%} of them"
@@ -530,7 +531,7 @@ def train_step(
 
 @torch.inference_mode()
 def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, float]:
-    """Divides rewards by their deviation on held-out queries, as min_reward_gap expects; reports on them."""
+    """Makes the deviation of held-out rewards 1, so one min_reward_gap fits all models; reports on them."""
     right = 0
     rows = []
     for query in held_out:
