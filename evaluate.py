@@ -20,6 +20,8 @@ import gc
 import json
 import logging
 import textwrap
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,6 @@ def cut_response(text: str, stop_strings: tuple[str, ...] = STOP_STRINGS) -> str
     return text.strip()
 
 
-def pad_left(rows: list[list[int]], width: int, pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Rows of ids as the inputs (B, width) of `model.generate`, which needs the padding on the left."""
-    input_ids = torch.full((len(rows), width), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, width - len(row) :] = torch.tensor(row)
-        attention_mask[i, width - len(row) :] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -84,9 +76,8 @@ def generate(
         return []
     if static is None:
         static = model.device.type == "cuda"
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, **ends)
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     if static:
@@ -106,7 +97,8 @@ def generate(
             if static:
                 rows += rows[-1:] * (batch_size - len(rows))  # what is added is dropped below
                 width = max_prompt_length
-            inputs = pad_left(rows, width, pad, model.device)
+            left = {"padding": "max_length", "max_length": width, "padding_side": "left"}
+            inputs = tokenizer.pad({"input_ids": rows}, **left, return_tensors="pt").to(model.device)
             output = model.generate(**inputs, generation_config=settings)
             texts = tokenizer.batch_decode(output[: len(part), width:], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
@@ -117,9 +109,11 @@ def generate(
 
 
 def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model to generate with, in bfloat16 on a GPU, and its tokenizer."""
+    """A language model to generate with, in bfloat16 on a GPU, and its tokenizer, which can pad."""
     gc.collect()  # a model compiled earlier is in a reference cycle and still holds its memory
     tokenizer = clha.load_tokenizer(path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = {"dtype": dtype, "output_loading_info": True}
     # The folder's own generation_config.json is not even read.
@@ -142,8 +136,8 @@ def write_responses(
 ) -> None:
     """Writes `num_responses` lines {"id", "response"} per record; `options` are those of `generate`.
 
-    All processes work on it together, and resume what was interrupted. Each part has a seed of its own, so
-    that samples do not depend on where that was.
+    All processes share the work. Each part has a seed of its own, so that samples do not depend on where it
+    was interrupted and resumed.
     """
     rank, processes, device = clha.init_process()
     model, tokenizer = load(path, device)
@@ -169,23 +163,10 @@ def write_responses(
 def read_queries(path: str) -> list[Record]:
     """Records whose ids differ, so that responses can be told apart. Raises InputError."""
     records = reward.read_records(path)
-    seen = set()
-    for record in records:
-        if record["id"] in seen:
-            raise InputError(f"{path}: two records have the id {record['id']}; each needs its own")
-        seen.add(record["id"])
+    [(name, times)] = Counter(record["id"] for record in records).most_common(1)
+    if times > 1:
+        raise InputError(f"{path}: two records have the id {name}; each needs its own")
     return records
-
-
-def batch_request(record: Record, model: str, max_new_tokens: int) -> Record:
-    """A record's prompt as a line of OpenAI's batch input, for a greedy response."""
-    body = {
-        "model": model,
-        "messages": [{"role": turn["role"], "content": turn["content"]} for turn in record["prompt"]],
-        "max_completion_tokens": max_new_tokens,
-        "temperature": 0,
-    }
-    return {"custom_id": record["id"], "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def read_line(line: Record) -> tuple[Any, Any]:
@@ -208,8 +189,7 @@ def numbers(line: Record) -> dict[str, float]:
 def read_responses(path: str, records: list[Record]) -> list[Record]:
     """A line {"id", "response"} per record, in their order, with the further numbers that the file has.
 
-    Raises InputError for a line of another form, a failed request, a number that is not finite, a second
-    response to a record or one to none, and a record without a response.
+    Raises InputError for a line that is wrong or of no record, for a second response, and for a missing one.
     """
     known = {record["id"] for record in records}
     found: dict[str, Record] = {}
@@ -222,9 +202,8 @@ def read_responses(path: str, records: list[Record]) -> list[Record]:
         if item not in known:
             raise InputError(f"{path}, line {number}: no record has the id {item}")
         if item in found:
-            raise InputError(
-                f"{path}, line {number}: a second response to {item}; score needs one per record"
-            )
+            wrong = f"a second response to {item}; score needs one per record"
+            raise InputError(f"{path}, line {number}: {wrong}")
         found[item] = {"id": item, "response": cut_response(text)}
         for name, value in numbers(line).items():
             if not abs(value) < 1e38:
@@ -248,14 +227,10 @@ def char_bleu(hypotheses: list[str], references: list[str]) -> list[float]:
     """
     metric = BLEU(tokenize="none", smooth_method="none", effective_order=False, force=True)
     scores = []
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        scores.append(metric.sentence_score(code_points(hypothesis), [code_points(reference)]).score)
+    for texts in zip(hypotheses, references, strict=True):
+        hypothesis, reference = [" ".join(f"{ord(c):x}" for c in text.strip()) for text in texts]
+        scores.append(metric.sentence_score(hypothesis, [reference]).score)
     return scores
-
-
-def code_points(text: str) -> str:
-    """A text as words of one character each: its code point in hexadecimal."""
-    return " ".join(f"{ord(character):x}" for character in text.strip())
 
 
 def word_bleu(hypotheses: list[str], references: list[str]) -> float:
@@ -267,10 +242,10 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     """A 95 % bootstrap interval of the mean: percentiles of the means of seeded resamples."""
     tensor = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    means = torch.empty(resamples, dtype=torch.float64)
-    for i in range(resamples):
-        means[i] = tensor[torch.randint(len(values), (len(values),), generator=generator)].mean()
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = []
+    for _ in range(resamples):
+        means.append(tensor[torch.randint(len(tensor), tensor.shape, generator=generator)].mean())
+    low, high = torch.stack(means).quantile(tensor.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
@@ -303,43 +278,32 @@ def score_responses(
     return rows
 
 
-def mean_scores(rows: list[Record], names: list[str]) -> dict[str, Any]:
-    """Scores of some responses: {"n", "word_bleu"} and, for each name, {"mean", "interval"}."""
-    words = word_bleu([row["response"] for row in rows], [row["reference"] for row in rows])
-    scores = {"n": len(rows), "word_bleu": words}
-    for name in names:
-        scores[name] = mean([row[name] for row in rows])
-    return scores
-
-
 def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
     """Mean scores by subset and in "Total", over all items; of further numbers, those that every row has."""
     names = list(SCORES)
-    for name in numbers(rows[0]):
-        if all(name in row for row in rows):
-            names.append(name)
-    by_subset: dict[str, list[Record]] = {}
-    for row in rows:
-        by_subset.setdefault(row["subset"], []).append(row)
-    summary = {subset: mean_scores(by_subset[subset], names) for subset in sorted(by_subset)}
-    return summary | {"Total": mean_scores(rows, names)}
+    names += [name for name in numbers(rows[0]) if all(name in row for row in rows)]
+    groups: dict[str, list[Record]] = {}
+    for row in sorted(rows, key=itemgetter("subset")):
+        groups.setdefault(row["subset"], []).append(row)
+    summary: dict[str, dict[str, Any]] = {}
+    for subset, members in (groups | {"Total": rows}).items():
+        words = word_bleu([row["response"] for row in members], [row["reference"] for row in members])
+        summary[subset] = {"n": len(members), "word_bleu": words}
+        for name in names:
+            summary[subset][name] = mean([row[name] for row in members])
+    return summary
 
 
 def score_file(
     path: str, records: list[Record], reward_model: reward.RewardModel, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Scores a file of responses, all processes together, resuming what was interrupted; the summary.
-
-    The folder gets responses.jsonl, table.md and, last, scores.json.
-    """
+    """Scores a file of responses, as responses.jsonl, table.md and, last, scores.json; the summary."""
     rank, processes, _ = clha.init_process()
-    items = []
-    for record, response in zip(records, read_responses(path, records), strict=True):
-        items.append({"record": record, "response": response})
+    items = list(zip(records, read_responses(path, records), strict=True))
 
-    def work(share: list[Record], _: int) -> list[Record]:
-        mine = [item["record"] for item in share]
-        return score_responses(mine, [item["response"] for item in share], reward_model)
+    def work(share: list[tuple[Record, Record]], _: int) -> list[Record]:
+        mine = [record for record, _ in share]
+        return score_responses(mine, [response for _, response in share], reward_model)
 
     settings = [reward.fingerprint(reward_model.model.name_or_path), reward_model.max_length]
     out = folder / "responses.jsonl"
@@ -402,9 +366,8 @@ def read_summary(folder: str | Path) -> dict[str, dict[str, Any]]:
         table({"": summary})
         float(summary["Total"]["reward"]["mean"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: not the scores of an evaluation; `evaluate.py score` writes them"
-        ) from None
+        wrong = "not the scores of an evaluation; `evaluate.py score` writes them"
+        raise InputError(f"{path}: {wrong}") from None
     return summary
 
 
@@ -471,9 +434,14 @@ def run_requests(args: argparse.Namespace) -> None:
     """the prompts in OpenAI's batch format, for other engines"""
     reward.check_output(args.out, "file")
     records = read_queries(args.data)
-    reward.write_jsonl(
-        args.out, [batch_request(record, args.model, args.max_new_tokens) for record in records]
-    )
+    call = {"method": "POST", "url": "/v1/chat/completions"}
+    greedy = {"max_completion_tokens": args.max_new_tokens, "temperature": 0}
+    requests = []
+    for record in records:
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in record["prompt"]]
+        body = {"model": args.model, "messages": turns} | greedy
+        requests.append({"custom_id": record["id"], **call, "body": body})
+    reward.write_jsonl(args.out, requests)
     print(f"{len(records):,} requests in {args.out}")
 
 
@@ -524,11 +492,7 @@ def main() -> None:
     flag = parser.add_command("generate", run_generate)
     flag("--model", required=True, nargs="+", help="language models: Hugging Face folders or hub names")
     flag("--data", required=True, help="records, JSON lines")
-    flag(
-        "--out",
-        required=True,
-        help="file for the responses; of several models, folder for NAME.jsonl of each",
-    )
+    flag("--out", required=True, help="the responses; of several models, folder for NAME.jsonl of each")
     flag("--num_responses", type=int, default=1, help="per record")
     flag("--temperature", type=float, default=0.0, help="of the sampling; 0: greedy")
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response (released: 128)")

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from tqdm import tqdm
@@ -42,17 +42,7 @@ TABLE_1 = {  # of the paper: (training, test) queries of each subset
     "helpful-rejection-sampled": (52421, 2749),
 }
 Splits = dict[str, list[Record]]  # "train", "dev", "test" -> records
-
-
-class Row(NamedTuple):
-    """A row of a data set, and where it is from."""
-
-    file: str
-    split: str
-    subset: str
-    line: int
-    content: dict[str, Any]
-
+Row = tuple[str, str, str, int, dict[str, Any]]  # file, split, subset, line, content
 
 # ------------------------------------------------------------------------------------------------------------
 # Raw HH-RLHF
@@ -120,9 +110,7 @@ def read_hh(source: str) -> Iterator[Row]:
         found = True
         file = f"{source}, {subset}/{split}"
         for line, row in tqdm(rows, desc=f"{subset}/{split}", disable=None):
-            if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
-                raise InputError(f"{file}, line {line}: no texts chosen and rejected")
-            yield Row(file, split, subset, line, row)
+            yield file, split, subset, line, row
     if not found:
         raise InputError(f"{source}: has none of HH-RLHF's files, such as harmless-base/train.jsonl.gz")
 
@@ -159,11 +147,7 @@ def release_record(row: dict[str, Any]) -> Record:
 
 
 def read_release(source: str) -> Iterator[Row]:
-    """Yields the rows of the authors' files: one file, or all in and below a folder.
-
-    "train" in a file's path below the folder makes it training data, "dev" in its name dev data; the others
-    are test data.
-    """
+    """Yields the rows of the authors' files, one or all below a folder; their names say of which split."""
     root = Path(source)
     paths = [root]
     if not root.is_file():
@@ -172,26 +156,16 @@ def read_release(source: str) -> Iterator[Row]:
         raise InputError(f"{source}: no such file, nor a folder with .json, .jsonl or .json.gz files")
     for path in paths:
         place = path.name if root.is_file() else str(path.relative_to(root))
-        split = release_split(place)
+        split = "dev" if "dev" in path.name else "test"
+        if "train" in place:
+            split = "train"
         for line, row in tqdm(clha.read_jsonl(path), desc=place, disable=None):
-            yield Row(str(path), split, release_subset(path, row), line, row)
-
-
-def release_split(place: str) -> str:
-    """Which split a file of the authors' is, by its path in their data.zip."""
-    if "train" in place:
-        return "train"
-    return "dev" if "dev" in Path(place).name else "test"
-
-
-def release_subset(path: Path, row: dict[str, Any]) -> str:
-    """The subset of a row: that of the raw file it was made from, or else its file's name."""
-    meta = row.get("meta")
-    if isinstance(meta, dict):
-        subset = Path(str(meta.get("path"))).parent.name
-        if subset in TABLE_1:
-            return subset
-    return path.name.split(".")[0].replace("_", "-")
+            subset = path.name.split(".")[0].replace("_", "-")
+            meta = row.get("meta")
+            if isinstance(meta, dict):
+                raw = Path(str(meta.get("path"))).parent.name  # of the raw file that the row was made from
+                subset = raw if raw in TABLE_1 else subset
+            yield str(path), split, subset, line, row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,16 +173,13 @@ def release_subset(path: Path, row: dict[str, Any]) -> str:
 
 
 def collect(rows: Iterable[Row], parse: Callable[..., Record | str]) -> tuple[Splits, Counter[str]]:
-    """All rows as records by split, and how many were left out for which reason.
-
-    Raises InputError with file and line for a row of another format.
-    """
+    """All rows as records by split, and how many were left out for which reason. Raises InputError."""
     splits: Splits = {"train": [], "dev": [], "test": []}
     dropped: Counter[str] = Counter()
-    for row in rows:
-        place = f"{row.file}, line {row.line}"
+    for file, split, subset, line, content in rows:
+        place = f"{file}, line {line}"
         try:
-            record = parse(row.content)
+            record = parse(content)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise InputError(f"{place}: not a row of this format ({error})") from None
         if isinstance(record, str):
@@ -216,12 +187,11 @@ def collect(rows: Iterable[Row], parse: Callable[..., Record | str]) -> tuple[Sp
         elif not all(response.strip() for response in record["responses"]):
             dropped["an empty response"] += 1
         else:
-            record["subset"] = row.subset
-            record["id"] = f"{row.subset}/{row.split}/{row.line}"
+            record |= {"subset": subset, "id": f"{subset}/{split}/{line}"}
             wrong = clha.check_record(record)
             if wrong:
                 raise InputError(f"{place}: {wrong}")
-            splits[row.split].append(record)
+            splits[split].append(record)
     return splits, dropped
 
 
@@ -378,11 +348,10 @@ def recognize(columns: list[str], source: str) -> str:
     raise InputError(f"{source}: has the columns {', '.join(columns)}, of no format known here ({known})")
 
 
-def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[Record], Counter[str]]:
-    """The records of all rows, and how many rows were left out for which reason, with the first of them."""
+def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[Record], dict[str, list[int]]]:
+    """The records of all rows, and the numbers of the rows that were left out, by reason."""
     records = []
-    first: dict[str, int] = {}
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[int]] = {}
     for number, row in enumerate(tqdm(rows, desc=name, disable=None), 1):
         try:
             found = FORMATS[name][1](row)
@@ -401,11 +370,10 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
         if wrong and strict:
             raise InputError(f"{source}, row {number}: {wrong}")
         if wrong:
-            first.setdefault(wrong, number)
-            dropped[wrong] += 1
+            dropped.setdefault(wrong, []).append(number)
         else:
             records.append(record)
-    return records, Counter({f"{wrong} (first: row {first[wrong]})": n for wrong, n in dropped.items()})
+    return records, dropped
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,13 +381,9 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
 
 
 def add_responses(record: Record, responses: list[str]) -> Record:
-    """A record with more responses, without those that are empty or there already.
-
-    Its rewards, and any other numbers per response, no longer fit and are dropped.
-    """
+    """A record with more responses, but for empty and double ones, and without numbers per response."""
     joined = list(record["responses"])
-    for response in responses:
-        response = response.strip()
+    for response in map(str.strip, responses):
         if response and response not in joined:
             joined.append(response)
     kept = {name: value for name, value in record.items() if not isinstance(value, list)}
@@ -427,10 +391,7 @@ def add_responses(record: Record, responses: list[str]) -> Record:
 
 
 def read_responses(path: str, records: list[Record]) -> list[list[str]]:
-    """The responses {"id", "response"} that a file has for each record: any number, in the file's order.
-
-    Raises InputError if ids of records are not unique, or a line is of no record.
-    """
+    """The responses {"id", "response"} that a file has for each record: any number. Raises InputError."""
     found: dict[str, list[str]] = {record["id"]: [] for record in records}
     if len(found) < len(records):
         raise InputError('--data: each record needs an "id" of its own to be given responses from a file')
@@ -447,13 +408,20 @@ def read_responses(path: str, records: list[Record]) -> list[list[str]]:
 # The command line
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Reads HH-RLHF or the authors' files; writes those of train, dev and test.jsonl that have records."""
+def prepare_hh(args: argparse.Namespace) -> None:
+    """Writes HH-RLHF as train, dev and test.jsonl."""
+    write_splits(args, read_hh(args.source), hh_record)
+
+
+def prepare_release(args: argparse.Namespace) -> None:
+    """Writes the authors' data.zip as train, dev and test.jsonl."""
+    write_splits(args, read_release(args.source), release_record)
+
+
+def write_splits(args: argparse.Namespace, rows: Iterable[Row], parse: Callable[..., Record | str]) -> None:
+    """Writes those of train, dev and test.jsonl that have records, and says what is in them."""
     reward.check_output(args.out, "folder")
-    if args.command == "hh":
-        splits, dropped = collect(read_hh(args.source), hh_record)
-    else:
-        splits, dropped = collect(read_release(args.source), release_record)
+    splits, dropped = collect(rows, parse)
     read = sum(len(records) for records in splits.values()) + dropped.total()
     removed = hold_out(splits, args.dev_items, args.seed)
     for split, records in splits.items():
@@ -466,14 +434,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def prepare_preference(args: argparse.Namespace) -> None:
-    """Writes preference data of any known format as records."""
+    """Writes other preference data, of any known format, as records."""
     reward.check_output(args.out, "new")
     rows = read_source(args.source, args.split)
     name = recognize(rows.column_names, args.source)
     print(f"{args.source}: {name}, by the columns {', '.join(FORMATS[name][0])}")
     records, dropped = convert(rows, name, args.source, args.strict)
-    for reason, count in dropped.most_common():
-        print(f"  left out {count:,}: {reason}")
+    for reason, numbers in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        print(f"  left out {len(numbers):,}: {reason} (first: row {numbers[0]})")
     if not records:
         raise InputError(f"{args.source}: none of its {len(rows):,} rows can be used")
     reward.write_jsonl(args.out, records)
@@ -495,29 +463,25 @@ def join(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the command line and runs `hh`, `release` or `join`."""
+    """Parses the command line and runs one of the commands."""
     parser = reward.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    hh = commands.add_parser("hh", help="HH-RLHF", description=__doc__)
-    release = commands.add_parser("release", help="the authors' data.zip", description=__doc__)
-    preference = commands.add_parser("preference", help="other preference data", description=__doc__)
-    joining = commands.add_parser("join", help="more responses to each prompt", description=__doc__)
-    hh.add_argument("--source", required=True, help="Anthropic/hh-rlhf, or a folder with its four subsets")
-    release.add_argument("--source", required=True, help="a file of the authors', or a folder of them")
-    for command in (hh, release):
-        command.set_defaults(run=prepare)
-        command.add_argument("--out", required=True, help="folder for train, dev and test.jsonl")
-        command.add_argument("--dev_items", type=int, default=280, help="dev queries drawn from the test set")
-        command.add_argument("--seed", type=int, default=42, help="of that draw")
-    preference.set_defaults(run=prepare_preference)
-    preference.add_argument("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
-    preference.add_argument("--split", default="train", help="of a data set on the hub, or of a folder")
-    preference.add_argument("--out", required=True, help="the records, JSON lines")
-    preference.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    joining.set_defaults(run=join)
-    joining.add_argument("--data", required=True, help="records to add responses to")
-    joining.add_argument("--responses", required=True, help='JSON lines {"id", "response"}')
-    joining.add_argument("--out", required=True, help="file for the longer records")
+    hh = parser.add_command("hh", prepare_hh)
+    hh("--source", required=True, help="Anthropic/hh-rlhf, or a folder with its four subsets")
+    release = parser.add_command("release", prepare_release)
+    release("--source", required=True, help="a file of the authors', or a folder of them")
+    for flag in (hh, release):
+        flag("--out", required=True, help="folder for train, dev and test.jsonl")
+        flag("--dev_items", type=int, default=280, help="dev queries drawn from the test set")
+        flag("--seed", type=int, default=42, help="of that draw")
+    flag = parser.add_command("preference", prepare_preference)
+    flag("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
+    flag("--split", default="train", help="of a data set on the hub, or of a folder")
+    flag("--out", required=True, help="the records, JSON lines")
+    flag("--strict", action="store_true", help="stop at the first row that cannot be used")
+    flag = parser.add_command("join", join)
+    flag("--data", required=True, help="records to add responses to")
+    flag("--responses", required=True, help='JSON lines {"id", "response"}')
+    flag("--out", required=True, help="file for the longer records")
     args = parser.parse_args()
     reward.check_numbers(args)
     args.run(args)

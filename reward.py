@@ -16,10 +16,11 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -41,11 +42,7 @@ from clha import Example, InputError, Record, Turn
 
 
 class OpenAssistantRewardModel(transformers.GPTNeoXPreTrainedModel):
-    """Open-Assistant's reward model: GPT-NeoX, and a linear `out_proj` with bias on the last token's state.
-
-    The head of transformers' own GPT-NeoX classifier has another name: it would load these checkpoints with
-    a random head.
-    """
+    """GPT-NeoX and a linear `out_proj`, a name by which transformers' own classifier would miss its head."""
 
     def __init__(self, config: GPTNeoXConfig) -> None:
         super().__init__(config)
@@ -66,7 +63,15 @@ class RewardModel:
     text: Callable[[list[Turn], str], str]  # (prompt, response) -> the whole text, special tokens included
     add_special_tokens: bool  # whether the tokenizer adds BOS to that text
     max_length: int  # tokens; a longer text loses its beginning
-    pack_tokens: int  # tokens of a forward pass
+    pack_tokens: int = 0  # of a forward pass; 0: 8192 on a GPU, 1024 on a CPU
+
+    def __post_init__(self) -> None:
+        self.pack_tokens = self.pack_tokens or (8192 if self.model.device.type == "cuda" else 1024)
+
+    @property
+    def head(self) -> torch.nn.Module | None:
+        """The layer that turns a decoder's last state into a reward; None if the model is an encoder."""
+        return getattr(self.model, "score", getattr(self.model, "out_proj", None))
 
     def score(self, prompts: list[list[Turn]], responses: list[str]) -> list[float]:
         """The reward of each response to the prompt in the same place.
@@ -74,50 +79,47 @@ class RewardModel:
         A prompt is computed once for all its responses, wherever they are in the list. Raises InputError if a
         reward is not finite, or not the one that the text gets alone.
         """
+        if not responses:  # a process's share of the last part
+            return []
         return self.score_ids(self.encode(prompts, responses), self.group(prompts))
 
     @torch.inference_mode()
     def score_ids(self, texts: list[list[int]], groups: list[list[int]]) -> list[float]:
         """The reward of each text, as token ids; the texts of a group share their prompt."""
         self.model.eval()
+        kind = self.model.config.model_type
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if window and head(self.model) is not None and max(map(len, texts), default=0) > window:
-            raise InputError(
-                f"{self.model.config.model_type}: a text is longer than its sliding_window, {window}"
-            )
+        if self.head and window and max(map(len, texts)) > window:
+            raise InputError(f"{kind}: a text is longer than its sliding_window, {window}")
         queries = [share_prefix([texts[i] for i in group]) for group in groups]
-        sizes = [query["size"] for query in queries]
         scores = [math.nan] * len(texts)
-        passes = list(chunks(sizes, self.pack_tokens))
+        passes = list(chunks([query["size"] for query in queries], self.pack_tokens))
         for chunk in passes:
             try:
                 rewards = self.rewards([queries[k] for k in chunk]).tolist()
             except (LookupError, TypeError, ValueError, AttributeError) as error:
-                kind = self.model.config.model_type
                 raise InputError(f"{kind}: not supported ({clha.reason(error)})") from error
             for k, row in zip(chunk, rewards, strict=True):
                 for i, reward in zip(groups[k], row, strict=False):  # rows are as wide as the longest query
                     scores[i] = reward
         if not all(map(math.isfinite, scores)):
             raise InputError(f"{self.model.name_or_path}: gives a text a reward that is not finite")
-        if texts:
+        if self.head:
             fullest = max(passes, key=lambda chunk: sum(len(groups[k]) for k in chunk))
-            longest = max(range(len(groups)), key=lambda k: max(len(texts[i]) for i in groups[k]))
-            for k in {longest, fullest[-1]}:  # the longest text; one that shares its pack with most
-                self.compare([texts[i] for i in groups[k]], [scores[i] for i in groups[k]])
+            longest = max(range(len(queries)), key=lambda k: queries[k]["longest"])
+            for i in {*groups[longest], *groups[fullest[-1]]}:  # the latter shares its pack with most
+                self.compare(texts[i], scores[i])
         return scores
 
     def encode(self, prompts: list[list[Turn]], responses: list[str]) -> list[list[int]]:
         """Token ids of each prompt with its response, cut from the left to max_length."""
-        if not responses:
-            return []
         texts = [self.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         rows = self.tokenizer(texts, add_special_tokens=self.add_special_tokens).input_ids
         return [clha.cut_prompt(ids, self.max_length, self.tokenizer.bos_token_id) for ids in rows]
 
     def group(self, prompts: list[list[Turn]]) -> list[list[int]]:
         """The places of responses that share a prompt, and are computed together."""
-        if head(self.model) is None:  # in an encoder a prompt sees the response: there is nothing to share
+        if not self.head:  # in an encoder a prompt sees the response: there is nothing to share
             return [[i] for i in range(len(prompts))]
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -126,43 +128,28 @@ class RewardModel:
 
     def rewards(self, queries: list[Example]) -> Tensor:
         """Rewards (B, l) of B queries in float32; meaningless where a query has fewer than l responses."""
-        layer = head(self.model)
-        if layer is None:
-            return self.encoder_rewards(queries)
-        length = filled_length(sum(query["size"] for query in queries), self.model.device)
-        pack = clha.pack(queries, self.model.device, length)
+        device = self.model.device
+        if not self.head:  # one response each, in a padded batch
+            rows = [query["prompt_ids"] + query["response_ids"][0] for query in queries]
+            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
+            return self.model(**batch).logits.float()
+        length = filled_length(sum(query["size"] for query in queries), device)
+        pack = clha.pack(queries, device, length)
         states = clha.hidden_states(self.model.base_model, pack)  # (N, d)
-        last = last_positions(queries).to(states.device)  # (B, l)
-        return layer(states[last])[..., 0].float()  # (B, l, d) -> (B, l)
+        prompts = torch.tensor([[len(query["prompt_ids"])] for query in queries], device=device)
+        sizes = torch.cat([prompts, pack.lengths], dim=1)  # (B, 1 + l), in the order of the pack
+        ends = sizes.flatten().cumsum(0).view_as(sizes)[:, 1:]  # (B, l)
+        return self.head(states[ends - 1])[..., 0].float()
 
-    def compare(self, texts: list[list[int]], scores: list[float]) -> None:
-        """Raises InputError where texts scored in a pack get another score alone, with eager attention."""
-        layer = head(self.model)
-        if layer is None:
-            return
+    def compare(self, ids: list[int], score: float) -> None:
+        """Raises InputError where a text scored in a pack gets another score alone, with eager attention."""
         self.model.set_attn_implementation("eager")
-        for ids, score in zip(texts, scores, strict=True):
-            states = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
-            alone = layer(states.last_hidden_state[0, -1]).item()
-            off = abs(score - alone) / (1 + abs(alone))
-            if not off <= TOLERANCE[self.model.dtype]:
-                kind = self.model.config.model_type
-                raise InputError(
-                    f"{kind}: not supported, as it scores a text {score:.4g} in a pack, {alone:.4g} alone"
-                )
-
-    def encoder_rewards(self, queries: list[Example]) -> Tensor:
-        """Rewards (B, 1) of B queries with one response each, as a padded batch."""
-        rows = [query["prompt_ids"] + query["response_ids"][0] for query in queries]
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-        return self.model(**batch).logits.float()
-
-
-def head(model: PreTrainedModel) -> torch.nn.Module | None:
-    """The layer that turns a decoder's last state into a reward; None if the model is an encoder."""
-    if hasattr(model, "score"):
-        return model.score
-    return getattr(model, "out_proj", None)
+        states = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
+        alone = self.head(states.last_hidden_state[0, -1]).item()
+        off = abs(score - alone) / (1 + abs(alone))
+        if not off <= TOLERANCE[self.model.dtype]:
+            wrong = f"not supported, as it scores a text {score:.4g} in a pack, {alone:.4g} alone"
+            raise InputError(f"{self.model.config.model_type}: {wrong}")
 
 
 def share_prefix(texts: list[list[int]]) -> Example:
@@ -172,28 +159,13 @@ def share_prefix(texts: list[list[int]]) -> Example:
     while common < shortest - 1 and all(ids[common] == texts[0][common] for ids in texts):
         common += 1
     response_ids = [ids[common:] for ids in texts]
-    size = common + sum(len(ids) for ids in response_ids)
-    return {"prompt_ids": texts[0][:common], "response_ids": response_ids, "size": size}
-
-
-def last_positions(queries: list[Example]) -> Tensor:
-    """Where in a pack the last token of each response is: (B, l), 0 where a query has fewer than l."""
-    width = max(len(query["response_ids"]) for query in queries)
-    last = torch.zeros(len(queries), width, dtype=torch.long)
-    end = 0
-    for b, query in enumerate(queries):
-        end += len(query["prompt_ids"])
-        for i, ids in enumerate(query["response_ids"]):
-            end += len(ids)
-            last[b, i] = end - 1
-    return last
+    lengths = [len(ids) for ids in response_ids]
+    size = {"size": common + sum(lengths), "longest": common + max(lengths)}  # in tokens
+    return {"prompt_ids": texts[0][:common], "response_ids": response_ids} | size
 
 
 def filled_length(tokens: int, device: torch.device) -> int:
-    """What a pack is filled to on a GPU: 128, 256, 512, ... tokens, as flex_attention compiles each length.
-
-    0, not filled, on a CPU.
-    """
+    """What a pack is filled to: 128, 256, 512, ... tokens, as flex_attention compiles each; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     blocks = math.ceil(tokens / 128)
@@ -201,10 +173,7 @@ def filled_length(tokens: int, device: torch.device) -> int:
 
 
 def chunks(sizes: list[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of the queries of each forward pass, shortest first, at most `tokens` tokens when padded.
-
-    A query that is longer than that has a pass of its own.
-    """
+    """Indices of the queries of each forward pass, shortest first: one, or at most `tokens` when padded."""
     chunk: list[int] = []
     for k in sorted(range(len(sizes)), key=sizes.__getitem__):
         if chunk and (len(chunk) + 1) * sizes[k] > tokens:
@@ -220,61 +189,38 @@ def load_reward_model(
 ) -> RewardModel:
     """Loads a reward model from a folder or the hub: float32 on a CPU, bfloat16 on a GPU.
 
-    pack_tokens 0 means 8192 on a GPU, 1024 on a CPU. Raises InputError if there is no such model, if weights
-    are missing (the head, above all), or if it has more than one output.
+    Raises InputError if there is no such model, if it has more than one output, or if weights are missing
+    (the head, above all).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokenizer = load_tokenizer(path)
-    config = clha.load(transformers.PretrainedConfig, path)
-    open_assistant = config.model_type == "gpt_neox_reward_model"
-    kind = AutoModelForSequenceClassification
-    loading = {"dtype": dtype, "output_loading_info": True}
-    if open_assistant:
-        kind = OpenAssistantRewardModel
-    elif config.num_labels != 1:
-        raise InputError(f"{path}: has {config.num_labels} outputs; a reward model has one")
-    model = clha.load(kind, path, **loading)
-    config = model.config.get_text_config()
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-        )
-    text = text_format(tokenizer, open_assistant)
-    text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
-    add_bos = not open_assistant and not tokenizer.chat_template
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        max_length = min(max_length, positions)
-    pack_tokens = pack_tokens or default_pack_tokens(device)
-    return RewardModel(model.to(device), tokenizer, text, add_bos, max_length, pack_tokens)
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a reward model, which needs no EOS: an encoder's has none."""
     if (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file():
         raise InputError(f"{path}: tokenizer.model alone gives wrong ids; it needs a tokenizer.json")
     # Given a config, AutoTokenizer does not look up the model type: it does not know Open-Assistant's.
-    config = transformers.PretrainedConfig()
-    return clha.load(transformers.AutoTokenizer, path, config=config)
-
-
-def default_pack_tokens(device: torch.device) -> int:
-    """Tokens of a forward pass if nobody says how many."""
-    return 8192 if device.type == "cuda" else 1024
+    tokenizer = clha.load(transformers.AutoTokenizer, path, config=transformers.PretrainedConfig())
+    config = clha.load(transformers.PretrainedConfig, path)
+    kind = AutoModelForSequenceClassification
+    text = partial(hh_text, eos=tokenizer.eos_token or "")  # an encoder's tokenizer has no EOS
+    if config.model_type == "gpt_neox_reward_model":
+        kind = OpenAssistantRewardModel
+        text = partial(open_assistant_text, eos=tokenizer.eos_token)
+    elif config.num_labels != 1:
+        raise InputError(f"{path}: has {config.num_labels} outputs; a reward model has one")
+    elif tokenizer.chat_template:
+        text = partial(chat_text, tokenizer)
+        text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
+    model = clha.load(kind, path, dtype=dtype, output_loading_info=True)
+    config = model.config.get_text_config()
+    if tokenizer.vocab_size > config.vocab_size:
+        wrong = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        raise InputError(f"{path}: {wrong}")
+    add_bos = text.func is hh_text  # the other formats spell out what a text begins with
+    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    return RewardModel(model.to(device), tokenizer, text, add_bos, max_length, pack_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Formats
-
-
-def text_format(tokenizer: Tokenizer, open_assistant: bool) -> Callable[[list[Turn], str], str]:
-    """How a reward model reads a dialogue: with Open-Assistant's tags, its chat template, or as HH-RLHF."""
-    if open_assistant:
-        return partial(open_assistant_text, eos=tokenizer.eos_token)
-    if tokenizer.chat_template:
-        return partial(chat_text, tokenizer)
-    return partial(hh_text, eos=tokenizer.eos_token or "")
 
 
 def open_assistant_text(prompt: list[Turn], response: str, eos: str) -> str:
@@ -303,25 +249,19 @@ def chat_text(tokenizer: Tokenizer, prompt: list[Turn], response: str) -> str:
 # Scoring
 
 
-def score_records(model: RewardModel, records: list[Record]) -> list[Record]:
-    """The records with "rewards" added."""
-    prompts = []
-    responses = []
-    for record in records:
-        for response in record["responses"]:
-            prompts.append(record["prompt"])
-            responses.append(response)
-    scores = iter(model.score(prompts, responses))
-    return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in records]
-
-
 def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     """Writes the records with "rewards" added, by all processes together; goes on where it was stopped."""
     settings = [fingerprint(model.model.name_or_path), model.max_length]
-    _, processes = rank_and_processes()
+    _, processes, _ = clha.init_process()
 
     def work(share: list[Record], _: int) -> list[Record]:
-        return score_records(model, share)
+        prompts = []
+        responses = []
+        for record in share:
+            prompts += [record["prompt"]] * len(record["responses"])
+            responses += record["responses"]
+        scores = iter(model.score(prompts, responses))
+        return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in share]
 
     write_in_parts(out, records, settings, work, 512 * processes, "score")
 
@@ -338,28 +278,24 @@ def reward_gaps(records: list[Record]) -> Tensor:
 def summary(records: list[Record]) -> str:
     """Rewards, gate and reward gaps as a few lines of Markdown: what a `min_reward_gap` would keep."""
     rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
-    positive = 0
+    best = []
     agreements = []
     for record in records:
-        best = max(record["rewards"])
-        positive += best > 0
+        best.append(max(record["rewards"]))
         if "chosen" in record:
-            agreements.append(record["rewards"][record["chosen"]] == best)
+            agreements.append(record["rewards"][record["chosen"]] == best[-1])
     line = f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; "
-    line += f"the best response is above 0 (gate open) in {positive / len(records):.1%} of them"
+    opened = sum(reward > 0 for reward in best) / len(records)
+    line += f"the best response is above 0 (gate open) in {opened:.1%} of them"
     if agreements:
         line += f", and is the chosen one in {sum(agreements) / len(agreements):.1%}"
     gaps = reward_gaps(records)
-    thresholds = (0, 0.1, 0.25, 0.5, 1, 2, 3)
-    names = " | ".join(f"> {threshold:g}" for threshold in thresholds)
-    shares = " | ".join(f"{share_above(gaps, threshold):.1%}" for threshold in thresholds)
-    rule = " --- |" * (len(thresholds) + 1)
-    return f"{line}\n\n| reward gap | {names} |\n|{rule}\n| pairs | {shares} |"
-
-
-def share_above(gaps: Tensor, threshold: float) -> float:
-    """The share of gaps above a threshold, strictly, as in Eq. 5."""
-    return (gaps > threshold).float().mean().item()
+    names = ""
+    shares = ""
+    for threshold in (0, 0.1, 0.25, 0.5, 1, 2, 3):
+        names += f" > {threshold:g} |"
+        shares += f" {(gaps > threshold).float().mean():.1%} |"
+    return f"{line}\n\n| reward gap |{names}\n|{' --- |' * 8}\n| pairs |{shares}"
 
 
 def plot_gaps(records: list[Record], path: str) -> None:
@@ -367,7 +303,8 @@ def plot_gaps(records: list[Record], path: str) -> None:
     pyplot = import_pyplot()
     gaps = reward_gaps(records)
     threshold = clha.Config.min_reward_gap
-    label = f"min_reward_gap {threshold:g}: {share_above(gaps, threshold):.0%} of pairs kept"
+    kept = (gaps > threshold).float().mean()
+    label = f"min_reward_gap {threshold:g}: {kept:.0%} of pairs kept"
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     axes.hist(gaps.numpy(), bins=60, color="tab:blue")
     axes.axvline(threshold, color="tab:red", label=label)
@@ -418,45 +355,33 @@ def write_in_parts(
 
     work(share, start) returns the rows of this process's share of the `part` items from `start` on. Rows
     gather in OUT.<key>.partial, the key a hash of items and settings: work on others is never taken for
-    these, nor removed. The finished file is there at once. Raises InputError if another program is writing
-    the same file.
+    these, nor removed. Raises InputError if another program is writing the same file.
     """
-    rank, processes = rank_and_processes()
-    partial_path = out.with_name(f"{out.name}.{work_key(items, settings)}.partial")
-    with locked(out, rank == 0):
-        done = [0]
-        if rank == 0:
-            done = [keep_whole_parts(partial_path, part)]
-        if processes > 1:
-            dist.broadcast_object_list(done)
+    rank, processes, _ = clha.init_process()
+    key = hashlib.sha256(json.dumps(settings).encode())
+    for item in items:
+        key.update(json.dumps(item).encode())
+    partial_path = out.with_name(f"{out.name}.{key.hexdigest()[:16]}.partial")
+    with locked(out) if rank == 0 else nullcontext():
+        done = [keep_whole_parts(partial_path, part) if rank == 0 else 0]
+        dist.broadcast_object_list(done)
         bar = tqdm(total=len(items), initial=done[0], desc=desc, disable=None if rank == 0 else True)
         for start in range(done[0], len(items), part):
             chunk = items[start : start + part]
             rows = gather(work(chunk[rank::processes], start), len(chunk))
             if rank == 0:
-                append_jsonl(partial_path, rows)
+                with partial_path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             bar.update(len(chunk))
         bar.close()
         if rank == 0:
             partial_path.replace(out)
-        if processes > 1:
-            dist.barrier()
-
-
-def work_key(items: list[Any], settings: Any) -> str:
-    """A hash of items and settings."""
-    key = hashlib.sha256(json.dumps(settings).encode())
-    for item in items:
-        key.update(json.dumps(item).encode())
-    return key.hexdigest()[:16]
+        dist.barrier()
 
 
 @contextmanager
-def locked(out: Path, mine: bool) -> Iterator[None]:
-    """Keeps other programs from writing `out`; only the process whose lock it is (`mine`) takes it."""
-    if not mine:
-        yield
-        return
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other programs from writing `out`, in a folder that is made if need be."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock_path = out.with_name(f".{out.name}.lock")
     try:
@@ -477,37 +402,18 @@ def keep_whole_parts(path: Path, part: int) -> int:
     return done
 
 
-def append_jsonl(path: Path, rows: list[Record]) -> None:
-    """Adds JSON lines to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def rank_and_processes() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) without a process group."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
 def gather(mine: list[Any], total: int) -> list[Any]:
     """The whole list on every process, if process r has its items r, r + processes, ..."""
-    _, processes = rank_and_processes()
-    if processes == 1:
-        return mine
+    processes = dist.get_world_size()
     shares: list[list[Any]] = [[]] * processes
     dist.all_gather_object(shares, mine)
     return [shares[i % processes][i // processes] for i in range(total)]
 
 
 def fingerprint(path: str | Path) -> list[Any]:
-    """What tells a file or a folder's files from later ones in the same place: names, sizes, times."""
-    path = Path(path)
-    files = [path] if path.exists() else []
-    if path.is_dir():
-        files = sorted(path.iterdir())
+    """What tells a folder's files from later ones in the same place: names, sizes, times."""
     found: list[Any] = [str(path)]
-    for file in files:
+    for file in sorted(Path(path).glob("*")):
         stat = file.stat()
         found.append((file.name, stat.st_size, stat.st_mtime_ns))
     return found
@@ -517,43 +423,33 @@ def fingerprint(path: str | Path) -> list[Any]:
 # Training
 
 
-@dataclass
-class Comparison:
-    """A query as token ids, and which of its responses people chose."""
+def reward_loss(rewards: Tensor, chosen: int, norm_penalty: float) -> Tensor:
+    """Eq. 1, the mean over the (chosen, other) pairs of a query, plus norm_penalty x its mean squared reward.
 
-    query: Example
-    chosen: int
-
-
-def reward_loss(rewards: Tensor, chosen: Tensor, present: Tensor, norm_penalty: float) -> Tensor:
-    """Eq. 1, the mean over a query's (chosen, other) pairs, plus norm_penalty x its mean squared reward.
-
-    rewards, present (B, l), chosen (B,) -> (B,). Eq. 1 knows only differences; the penalty, which the paper
-    does not have, pulls the mean reward towards zero, so that "above zero", the gate of Eq. 7, means better
-    than the usual response.
+    rewards (l,) -> (). Eq. 1 knows only differences; the penalty, which the paper does not have, pulls the
+    mean reward towards zero, so that "above zero", the gate of Eq. 7, means better than the usual response.
     """
-    gaps = rewards.gather(1, chosen[:, None]) - rewards  # (B, l)
-    others = present.scatter(1, chosen[:, None], False)  # (B, l)
-    ranking = -(F.logsigmoid(gaps) * others).sum(1) / others.sum(1)
-    square = (rewards.square() * present).sum(1) / present.sum(1)
-    return ranking + norm_penalty * square
+    others = torch.cat([rewards[:chosen], rewards[chosen + 1 :]])
+    ranking = -F.logsigmoid(rewards[chosen] - others).mean()
+    return ranking + norm_penalty * rewards.square().mean()
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains a reward model from a language model on the "chosen" labels; leaves a Hugging Face folder.
-
-    args: model, data, out, epochs, batch_size, learning_rate, norm_penalty, max_length, pack_tokens, seed.
-    """
+    """Trains a reward model with Eq. 1 on the "chosen" labels of records, from a language model."""
     check_output(args.out, "new")
     torch.manual_seed(args.seed)  # of the head
     model = start_from(args.model, args.max_length, args.pack_tokens)
     records = read_records(args.data, need=["chosen"])
-    comparisons = [compare(model, record) for record in tqdm(records, desc="tokens", disable=None)]
-    held_out, training = hold_out(comparisons, args.seed)
+    queries = [labeled_query(model, record) for record in tqdm(records, "tokens", disable=None)]
+    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    shuffled = [queries[i] for i in order]
+    count = len(queries) // 20  # 5 % measure the accuracy and are never trained on
+    held_out = shuffled[:count]
+    training = shuffled[count:]
     steps = round(args.epochs * len(training) / args.batch_size)
     if not held_out or not steps:
         raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
-    longest = max(training, key=longest_text).query
+    longest = max(training, key=itemgetter("longest"))
     texts = [longest["prompt_ids"] + ids for ids in longest["response_ids"]]
     model.score_ids(texts, [list(range(len(texts)))])  # refuses what packs get wrong
     optimizer = torch.optim.AdamW(model.model.parameters(), args.learning_rate, weight_decay=0.0)
@@ -566,7 +462,11 @@ def train(args: argparse.Namespace) -> None:
         scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}")
     report = scale_rewards(model, held_out)
-    save(model, Path(args.out), report | vars(args))
+    with whole(args.out) as folder:
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        settings = {name: value for name, value in vars(args).items() if name != "run"}
+        (folder / "training.json").write_text(json.dumps(report | settings, indent=2) + "\n")
     print(
         f"accuracy {report['accuracy']:.3f} on {report['pairs']} held-out pairs, mean reward "
         f"{report['mean_reward']:.3f} in units of its standard deviation (it was {report['scale']:.3f}); "
@@ -586,55 +486,42 @@ class NewRewardModel:
 
 def start_from(path: str, max_length: int, pack_tokens: int) -> RewardModel:
     """A language model with a new head, in float32. Raises InputError if it lacks weights of its own."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = clha.load_tokenizer(path)
-    model = clha.load(NewRewardModel, path)
-    if head(model) is None:
-        raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
+    model = clha.load(NewRewardModel, path).to("cuda" if torch.cuda.is_available() else "cpu")
     # Other programs read the reward at the last token that is not padding. If EOS were padding, that would be
     # the token before it; with no padding token at all they take one text at a time, and the right token.
     pads_with_eos = tokenizer.pad_token_id == tokenizer.eos_token_id
     model.config.pad_token_id = None if pads_with_eos else tokenizer.pad_token_id
     tokenizer.chat_template = None  # it is trained on HH-RLHF's text, and will be scored on it
     text = partial(hh_text, eos=tokenizer.eos_token)
-    pack_tokens = pack_tokens or default_pack_tokens(device)
-    return RewardModel(model.to(device), tokenizer, text, True, max_length, pack_tokens)
+    reward_model = RewardModel(model, tokenizer, text, True, max_length, pack_tokens)
+    if not reward_model.head:
+        raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
+    return reward_model
 
 
-def longest_text(comparison: Comparison) -> int:
-    """Tokens of the longest of its texts."""
-    return len(comparison.query["prompt_ids"]) + max(map(len, comparison.query["response_ids"]))
-
-
-def compare(model: RewardModel, record: Record) -> Comparison:
-    """A record as token ids."""
+def labeled_query(model: RewardModel, record: Record) -> Example:
+    """A record as token ids, and which of its responses people chose."""
     prompts = [record["prompt"]] * len(record["responses"])
-    texts = model.encode(prompts, record["responses"])
-    return Comparison(share_prefix(texts), record["chosen"])
-
-
-def hold_out(comparisons: list[Comparison], seed: int) -> tuple[list[Comparison], list[Comparison]]:
-    """(held out, for training), shuffled: 5 % measure the accuracy and are never trained on."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(comparisons), generator=generator).tolist()
-    shuffled = [comparisons[i] for i in order]
-    count = len(comparisons) // 20
-    return shuffled[:count], shuffled[count:]
+    return share_prefix(model.encode(prompts, record["responses"])) | {"chosen": record["chosen"]}
 
 
 def train_step(
-    model: RewardModel, optimizer: torch.optim.Optimizer, batch: list[Comparison], norm_penalty: float
+    model: RewardModel, optimizer: torch.optim.Optimizer, batch: list[Example], norm_penalty: float
 ) -> float:
     """An update by the mean loss over the queries of a batch, whatever the packs; returns that loss."""
-    device = model.model.device
+    device = model.model.device.type
     total = 0.0
     optimizer.zero_grad()
-    for chunk in chunks([comparison.query["size"] for comparison in batch], model.pack_tokens):
-        comparisons = [batch[k] for k in chunk]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            rewards = model.rewards([comparison.query for comparison in comparisons])  # (B, l)
-        losses = reward_loss(rewards, *labels(comparisons, device), norm_penalty)
-        loss = losses.sum() / len(batch)
+    for chunk in chunks([query["size"] for query in batch], model.pack_tokens):
+        queries = [batch[k] for k in chunk]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            rewards = model.rewards(queries)  # (B, l)
+        losses = []
+        for query, row in zip(queries, rewards, strict=True):
+            own = row[: len(query["response_ids"])]
+            losses.append(reward_loss(own, query["chosen"], norm_penalty))
+        loss = torch.stack(losses).sum() / len(batch)
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
@@ -642,42 +529,21 @@ def train_step(
     return total
 
 
-def labels(comparisons: list[Comparison], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of B queries the index of the chosen response (B,), and which of the l places hold one (B, l)."""
-    chosen = torch.tensor([comparison.chosen for comparison in comparisons])
-    counts = torch.tensor([len(comparison.query["response_ids"]) for comparison in comparisons])
-    present = torch.arange(int(counts.max())) < counts[:, None]
-    return chosen.to(device), present.to(device)
-
-
 @torch.inference_mode()
-def scale_rewards(model: RewardModel, held_out: list[Comparison]) -> dict[str, float]:
-    """Divides rewards by their standard deviation on held-out queries; reports their accuracy and mean.
-
-    So min_reward_gap means the same for every reward model.
-    """
+def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, float]:
+    """Makes the deviation of held-out rewards 1, so one min_reward_gap fits all models; reports on them."""
     right = 0
-    pairs = 0
-    rewards = []
-    for comparison in held_out:
-        row = model.rewards([comparison.query])[0]  # (l,)
-        right += int((row[comparison.chosen] > row).sum())
-        pairs += len(row) - 1
-        rewards.append(row)
-    values = torch.cat(rewards)
-    scale = values.std()
-    head(model.model).weight /= scale
-    mean_reward = (values.mean() / scale).item()
+    rows = []
+    for query in held_out:
+        row = model.rewards([query])[0]  # (l,)
+        right += int((row[query["chosen"]] > row).sum())
+        rows.append(row)
+    rewards = torch.cat(rows)
+    pairs = len(rewards) - len(rows)
+    scale = rewards.std()
+    model.head.weight /= scale
+    mean_reward = (rewards.mean() / scale).item()
     return {"accuracy": right / pairs, "pairs": pairs, "mean_reward": mean_reward, "scale": scale.item()}
-
-
-def save(model: RewardModel, out: Path, report: dict[str, Any]) -> None:
-    """Writes the Hugging Face folder of a reward model, with training.json."""
-    with whole(out) as folder:
-        folder.mkdir()
-        model.model.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -757,9 +623,8 @@ class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, or added by hand; no abbreviations, and a wrong flag is an InputError."""
 
     def __init__(self, *dataclasses: type, **settings: Any) -> None:
-        settings.pop("formatter_class", None)
-        settings.pop("allow_abbrev", None)
-        super().__init__(dataclasses, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+        settings |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(dataclasses, **settings)
 
     def add_command(self, name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
         """A sub-command; `run` does it, and its docstring is the help. What this gives adds a flag to it."""
@@ -796,25 +661,23 @@ def score(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses the command line and runs `score` or `train`."""
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    scoring = commands.add_parser("score", help='add "rewards" to records', description=__doc__)
-    training = commands.add_parser("train", help="train a reward model with Eq. 1", description=__doc__)
-    for command in (scoring, training):
-        command.add_argument("--data", required=True, help="records, JSON lines")
-        command.add_argument("--max_length", type=int, default=1024, help="tokens; cut from the left")
-        command.add_argument("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
-    scoring.set_defaults(run=score)
-    scoring.add_argument("--model", required=True, help="reward model: a folder or a hub name")
-    scoring.add_argument("--out", required=True, help='the records with "rewards", JSON lines')
-    scoring.add_argument("--plot", default="", help="picture of the reward gaps, such as gaps.png")
-    training.set_defaults(run=train)
-    training.add_argument("--model", required=True, help="language model to start from, folder or hub name")
-    training.add_argument("--out", required=True, help="folder for the reward model")
-    training.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
-    training.add_argument("--batch_size", type=int, default=64, help="queries per step")
-    training.add_argument("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, then cosine")
-    training.add_argument("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
-    training.add_argument("--seed", type=int, default=42, help="of head, held-out queries and order")
+    flag_of_score = parser.add_command("score", score)
+    flag_of_train = parser.add_command("train", train)
+    for flag in (flag_of_score, flag_of_train):
+        flag("--data", required=True, help="records, JSON lines")
+        flag("--max_length", type=int, default=1024, help="tokens; cut from the left")
+        flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
+    flag_of_score("--model", required=True, help="reward model: a folder or a hub name")
+    flag_of_score("--out", required=True, help='the records with "rewards", JSON lines')
+    flag_of_score("--plot", default="", help="picture of the reward gaps, such as gaps.png")
+    flag = flag_of_train
+    flag("--model", required=True, help="language model to start from, folder or hub name")
+    flag("--out", required=True, help="folder for the reward model")
+    flag("--epochs", type=float, default=1.0, help="passes over the data")
+    flag("--batch_size", type=int, default=64, help="queries per step")
+    flag("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, then cosine")
+    flag("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
+    flag("--seed", type=int, default=42, help="of head, held-out queries and order")
     args = parser.parse_args()
     check_numbers(args)
     args.run(args)

@@ -609,7 +609,7 @@ WRONG: list[tuple[str, list[dict[str, Any]], str]] = [
     ("hh --source nowhere --out {out}", [], "nowhere: no such folder, and not a hub name"),
     ("hh --source ./no/where --out {out}", [], "./no/where: no such folder, and not a hub name"),
     ("hh --source {empty} --out {out}", [], "has none of HH-RLHF's files"),
-    (HH, [{"chosen": 1, "rejected": ""}], "harmless-base/test, line 1: no texts chosen and rejected"),
+    (HH, [{"chosen": 1, "rejected": ""}], "harmless-base/test, line 1: not a row of this format"),
     (HH, [PAIR], "--dev_items 280: only 1 test queries to draw from"),
     (HH + " --dev_items 1", [PAIR], "--dev_items 1: only 1 test queries to draw from"),
     (HH + " --dev_items -1", [PAIR], "--dev_items -1: must be"),
