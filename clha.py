@@ -163,7 +163,8 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
     ended = turns[-1]["role"] == "assistant"  # else a response is to follow
     ids_of = partial(tokenizer, truncation=False, padding=False)  # whatever it was saved with
     if not tokenizer.chat_template:
-        return ids_of(render(turns), split_special_tokens=True).input_ids + [tokenizer.eos_token_id] * ended
+        end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token else []
+        return ids_of(render(turns), split_special_tokens=True).input_ids + end
     special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
     # A mark between its characters keeps what someone typed from being a special token.
     split = partial(re.sub, special, lambda found: MARK.join(found[0]))
@@ -171,7 +172,8 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not ended)
     except Exception as error:  # a template is a program, and may fail in any way
-        raise InputError(f"the chat template does not take {turns[:2]} ({reason(error)})") from error
+        wrong = f"the chat template does not take {turns[:2]} ({reason(error)})"
+        raise InputError(f"{tokenizer.name_or_path}: {wrong}") from error
     ids: list[int] = []
     for part in re.split(f"({special})", text) if MARK in text else [text]:
         plain = part.replace(MARK, "")
@@ -180,11 +182,9 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The special tokens of a tokenizer by their ids, those that end turns among them."""
+    """The special tokens of a tokenizer by their ids; some of them end turns."""
     added = tokenizer.added_tokens_decoder.items()
-    return {tokenizer.eos_token_id: tokenizer.eos_token} | {
-        i: str(token) for i, token in added if token.special
-    }
+    return {i: str(token) for i, token in added if token.special or i == tokenizer.eos_token_id}
 
 
 def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
@@ -224,9 +224,7 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
         while response and response[-1] not in ends:  # templates add a line break after the end
             response.pop()
         if ids[: len(whole_prompt)] != whole_prompt or len(response) < 2:
-            wrong = (
-                "does not follow the prompt's own tokens, or has no tokens, or no end (see --template_args)"
-            )
+            wrong = "does not follow the prompt's own tokens, or has none, or no end; see --template_args"
             raise InputError(f"{record['id']}: response {i} {wrong}")
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]

@@ -27,7 +27,13 @@ from typing import Any
 
 import torch
 from sacrebleu.metrics import BLEU
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import clha
 import reward
@@ -61,13 +67,14 @@ def generate(
     batch_size: int = 32,
     temperature: float = 0.0,
     response_prefix: str = "",
-    stop_strings: tuple[str, ...] = STOP_STRINGS,
+    stop_strings: tuple[str, ...] = (),
     static: bool | None = None,
 ) -> list[str]:
     """Responses to the prompts, in their order, generated in batches of similar length.
 
     Greedy at temperature 0, else sampled from the whole distribution with torch's random state; the model's
     own generation_config is ignored. The model continues `response_prefix`, which the responses leave out.
+    They end with EOS, with what ends a turn in the chat template, or, in HH text, at STOP_STRINGS.
 
     With `static` (the default on a GPU) every batch has one shape, batch_size rows of max_prompt_length
     tokens, and the cache has its full size: transformers compiles the decoding step once and replays it.
@@ -76,15 +83,15 @@ def generate(
         return []
     if static is None:
         static = model.device.type == "cuda"
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_ids(tokenizer)}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, **ends)
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     if static:
         settings.update(cache_implementation="static")
-    prefix = f" {response_prefix}" if response_prefix else ""
-    rows = clha.token_ids(tokenizer, [clha.render(prompt) + prefix for prompt in prompts])
-    ids = [clha.cut_prompt(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+    if not tokenizer.chat_template:
+        stop_strings = (*STOP_STRINGS, *stop_strings)
+    ids = [prompt_ids(prompt, response_prefix, tokenizer, max_prompt_length) for prompt in prompts]
     longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     responses = [""] * len(ids)
     inherited = model.generation_config
@@ -108,10 +115,35 @@ def generate(
     return responses
 
 
-def load(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: EOS, and the last special token of a dialogue in the chat template."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+    special = clha.special_tokens(tokenizer)
+    ends = [i for i in clha.dialogue_ids(turns, tokenizer) if i in special]
+    return sorted({tokenizer.eos_token_id, *ends[-1:]})
+
+
+def prompt_ids(
+    turns: list[Turn], response_prefix: str, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[int]:
+    """At most `limit` ids for the model to go on from. Raises InputError if a chat's last turn has more."""
+    if response_prefix:
+        turns = [*turns, {"role": "assistant", "content": response_prefix}]
+    kept = clha.recent_turns(turns, tokenizer, limit)
+    if not kept:
+        raise InputError(f"--max_prompt_length {limit}: the last turn is longer: {turns[-1]['content'][:60]}")
+    ids = clha.dialogue_ids(kept, tokenizer)
+    if response_prefix:  # without the end of the turn
+        ids = ids[: max(i for i, token in enumerate(ids) if token in clha.special_tokens(tokenizer))]
+    return clha.cut_prompt(ids, limit, tokenizer.bos_token_id)
+
+
+def load(
+    path: str, device: torch.device, template: str = "auto", template_args: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model to generate with, in bfloat16 on a GPU, and its tokenizer, which can pad."""
     gc.collect()  # a model compiled earlier is in a reference cycle and still holds its memory
-    tokenizer = clha.load_tokenizer(path)
+    tokenizer = clha.load_tokenizer(path, template, template_args)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -132,6 +164,8 @@ def write_responses(
     num_responses: int = 1,
     batch_size: int = 64,
     seed: int = 42,
+    template: str = "auto",
+    template_args: str = "",
     **options: Any,
 ) -> None:
     """Writes `num_responses` lines {"id", "response"} per record; `options` are those of `generate`.
@@ -140,7 +174,7 @@ def write_responses(
     was interrupted and resumed.
     """
     rank, processes, device = clha.init_process()
-    model, tokenizer = load(path, device)
+    model, tokenizer = load(path, device, template, template_args)
     items = []
     for record in records:
         items += [{"id": record["id"], "prompt": record["prompt"]}] * num_responses
@@ -152,7 +186,7 @@ def write_responses(
         pairs = zip(share, responses, strict=True)
         return [{"id": item["id"], "response": response} for item, response in pairs]
 
-    settings = [reward.fingerprint(path), options, batch_size, seed]
+    settings = [reward.fingerprint(path), tokenizer.chat_template, options, batch_size, seed]
     reward.write_in_parts(out, items, settings, work, 4 * batch_size * processes, f"generate {out.name}")
 
 
@@ -409,7 +443,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise InputError("--num_responses: greedy responses are all the same; it needs --temperature above 0")
     if "" in args.stop_strings:
         raise InputError("--stop_strings: an empty text would end every response")
-    options = vars(args) | {"stop_strings": (*STOP_STRINGS, *args.stop_strings)}
+    options = vars(args) | {"stop_strings": tuple(args.stop_strings)}
     for name in ("command", "run", "model", "data", "out"):
         del options[name]
     records = read_queries(args.data)
@@ -419,7 +453,8 @@ def run_generate(args: argparse.Namespace) -> None:
     if len(set(files.values())) < len(args.model):
         raise InputError(f"--model: two of {', '.join(args.model)} have one name; generate them one by one")
     for path in args.model:
-        clha.load_tokenizer(path)  # what is wrong with a model is said before the work begins
+        # What is wrong with a model is said before the work begins.
+        clha.load_tokenizer(path, args.template, args.template_args)
     for path, out in files.items():
         write_responses(path, records, out, **options)
 
@@ -428,6 +463,24 @@ def model_name(path: str) -> str:
     """What a model is called in tables: its folder, or for RUN/final the run."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "final" else folder.name
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """the whole model of a folder of LoRA adapters"""
+    reward.check_output(args.out, "new")
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError:
+        raise InputError("merge: needs Hugging Face's peft: pip install peft") from None
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(args.model, dtype="auto").merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{args.model}: cannot be merged ({clha.reason(error)})") from error
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with reward.whole(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"merged into {args.out}")
 
 
 def run_requests(args: argparse.Namespace) -> None:
@@ -499,8 +552,18 @@ def main() -> None:
     flag("--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)")
     flag("--batch_size", type=int, default=64, help="prompts per batch")
     flag("--response_prefix", default="", help='a text for the model to continue, such as "Good answer:"')
-    flag("--stop_strings", nargs="+", default=[], help="where to cut, besides Human: and Assistant:")
+    flag(
+        "--stop_strings",
+        nargs="+",
+        default=[],
+        help="where to cut, too; HH text is cut at Human: and Assistant:",
+    )
     flag("--seed", type=int, default=42, help="of the sampling")
+    flag("--template", default="auto", help="auto: the model's chat template, if any; hh; or a Jinja file")
+    flag("--template_args", default="", help="what it is given, such as enable_thinking=false")
+    flag = parser.add_command("merge", run_merge)
+    flag("--model", required=True, help="what clha.py --lora_rank left in OUTPUT_DIR/final")
+    flag("--out", required=True, help="Hugging Face folder for the whole model")
     flag = parser.add_command("requests", run_requests)
     flag("--model", required=True, help="the name by which the engine knows its model")
     flag("--data", required=True, help="records, JSON lines")

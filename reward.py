@@ -60,9 +60,8 @@ class RewardModel:
 
     model: PreTrainedModel
     tokenizer: Tokenizer
-    text: Callable[[list[Turn], str], str]  # (prompt, response) -> the whole text, special tokens included
-    add_special_tokens: bool  # whether the tokenizer adds BOS to that text
-    max_length: int  # tokens; a longer text loses its beginning
+    dialogue_ids: Callable[[list[Turn]], list[int]]  # a dialogue that ends with a response -> its ids
+    max_length: int  # tokens; a longer chat loses its oldest turns, another text its beginning
     pack_tokens: int = 0  # of a forward pass; 0: 8192 on a GPU, 1024 on a CPU
 
     def __post_init__(self) -> None:
@@ -112,10 +111,13 @@ class RewardModel:
         return scores
 
     def encode(self, prompts: list[list[Turn]], responses: list[str]) -> list[list[int]]:
-        """Token ids of each prompt with its response, cut from the left to max_length."""
-        texts = [self.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        rows = self.tokenizer(texts, add_special_tokens=self.add_special_tokens).input_ids
-        return [clha.cut_prompt(ids, self.max_length, self.tokenizer.bos_token_id) for ids in rows]
+        """Token ids of each prompt with its response, at most max_length of them."""
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            turns = [*prompt, {"role": "assistant", "content": response}]
+            ids = self.dialogue_ids(clha.recent_turns(turns, self.tokenizer, self.max_length) or turns)
+            rows.append(clha.cut_prompt(ids, self.max_length, self.tokenizer.bos_token_id))
+        return rows
 
     def group(self, prompts: list[list[Turn]]) -> list[list[int]]:
         """The places of responses that share a prompt, and are computed together."""
@@ -200,49 +202,29 @@ def load_reward_model(
     tokenizer = clha.load(transformers.AutoTokenizer, path, config=transformers.PretrainedConfig())
     config = clha.load(transformers.PretrainedConfig, path)
     kind = AutoModelForSequenceClassification
-    text = partial(hh_text, eos=tokenizer.eos_token or "")  # an encoder's tokenizer has no EOS
+    dialogue_ids = partial(clha.dialogue_ids, tokenizer=tokenizer)
     if config.model_type == "gpt_neox_reward_model":
         kind = OpenAssistantRewardModel
-        text = partial(open_assistant_text, eos=tokenizer.eos_token)
+        tokenizer.chat_template = None  # its own is not a template
+        dialogue_ids = partial(open_assistant_ids, tokenizer=tokenizer)
     elif config.num_labels != 1:
         raise InputError(f"{path}: has {config.num_labels} outputs; a reward model has one")
-    elif tokenizer.chat_template:
-        text = partial(chat_text, tokenizer)
-        text([{"role": "user", "content": "How?"}], "So.")  # a template that takes nothing is refused now
+    else:  # a template that takes nothing is refused now
+        dialogue_ids([{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}])
     model = clha.load(kind, path, dtype=dtype, output_loading_info=True)
     config = model.config.get_text_config()
     if tokenizer.vocab_size > config.vocab_size:
         wrong = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         raise InputError(f"{path}: {wrong}")
-    add_bos = text.func is hh_text  # the other formats spell out what a text begins with
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-    return RewardModel(model.to(device), tokenizer, text, add_bos, max_length, pack_tokens)
+    return RewardModel(model.to(device), tokenizer, dialogue_ids, max_length, pack_tokens)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Formats
-
-
-def open_assistant_text(prompt: list[Turn], response: str, eos: str) -> str:
-    """A dialogue for Open-Assistant's models: a tag before each turn, EOS after it, no spaces."""
+def open_assistant_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
+    """A dialogue as Open-Assistant's models read it: a tag before each turn, EOS after it, no spaces."""
     tags = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
-    turns = [*prompt, {"role": "assistant", "content": response}]
-    return "".join(f"{tags[turn['role']]}{turn['content']}{eos}" for turn in turns)
-
-
-def hh_text(prompt: list[Turn], response: str, eos: str) -> str:
-    """A dialogue as clha.py and `reward.py train` write it: HH-RLHF's text, ended by EOS."""
-    return f"{clha.render(prompt)} {response}{eos}"
-
-
-def chat_text(tokenizer: Tokenizer, prompt: list[Turn], response: str) -> str:
-    """A dialogue in the model's own chat template."""
-    turns = [*prompt, {"role": "assistant", "content": response}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # a template is a program, and may fail in any way
-        reason = f"its chat template takes no {turns[:2]}: {error}"
-        raise InputError(f"{tokenizer.name_or_path}: {reason}") from error
+    text = "".join(f"{tags[turn['role']]}{turn['content']}{tokenizer.eos_token}" for turn in turns)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,6 +246,26 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
         return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in share]
 
     write_in_parts(out, records, settings, work, 512 * processes, "score")
+
+
+def standardized(records: list[Record], path: Path) -> list[Record]:
+    """The records with (reward - mean) / deviation, by the file at `path`; if it is not there, they make it.
+
+    So training and dev data get one scale. Raises InputError for another file.
+    """
+    if not path.exists():
+        rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
+        values = {"mean": rewards.mean().item(), "deviation": rewards.std().item()}
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(values) + "\n")
+    scale = read_json(path, {"mean": float, "deviation": float}, "a scale of rewards")
+    if not 0 < scale["deviation"] < math.inf or not math.isfinite(scale["mean"]):
+        raise InputError(f"{path}: no scale of rewards: {scale}")
+    rows = []
+    for record in records:
+        rewards = [(reward - scale["mean"]) / scale["deviation"] for reward in record["rewards"]]
+        rows.append(record | {"rewards": rewards})
+    return rows
 
 
 def reward_gaps(records: list[Record]) -> Tensor:
@@ -370,13 +372,18 @@ def write_in_parts(
             chunk = items[start : start + part]
             rows = gather(work(chunk[rank::processes], start), len(chunk))
             if rank == 0:
-                with partial_path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                append_jsonl(partial_path, rows)
             bar.update(len(chunk))
         bar.close()
         if rank == 0:
             partial_path.replace(out)
         dist.barrier()
+
+
+def append_jsonl(path: Path, rows: list[Record]) -> None:
+    """Adds JSON lines to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
@@ -438,7 +445,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains a reward model with Eq. 1 on the "chosen" labels of records, from a language model."""
     check_output(args.out, "new")
     torch.manual_seed(args.seed)  # of the head
-    model = start_from(args.model, args.max_length, args.pack_tokens)
+    model = start_from(args.model, args.max_length, args.pack_tokens, args.template, args.template_args)
     records = read_records(args.data, need=["chosen"])
     queries = [labeled_query(model, record) for record in tqdm(records, "tokens", disable=None)]
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -484,17 +491,18 @@ class NewRewardModel:
         return model, info | {"missing_keys": set(info["missing_keys"]) - {"score.weight"}}
 
 
-def start_from(path: str, max_length: int, pack_tokens: int) -> RewardModel:
+def start_from(
+    path: str, max_length: int, pack_tokens: int = 0, template: str = "auto", template_args: str = ""
+) -> RewardModel:
     """A language model with a new head, in float32. Raises InputError if it lacks weights of its own."""
-    tokenizer = clha.load_tokenizer(path)
+    tokenizer = clha.load_tokenizer(path, template, template_args)
     model = clha.load(NewRewardModel, path).to("cuda" if torch.cuda.is_available() else "cpu")
     # Other programs read the reward at the last token that is not padding. If EOS were padding, that would be
     # the token before it; with no padding token at all they take one text at a time, and the right token.
     pads_with_eos = tokenizer.pad_token_id == tokenizer.eos_token_id
     model.config.pad_token_id = None if pads_with_eos else tokenizer.pad_token_id
-    tokenizer.chat_template = None  # it is trained on HH-RLHF's text, and will be scored on it
-    text = partial(hh_text, eos=tokenizer.eos_token)
-    reward_model = RewardModel(model, tokenizer, text, True, max_length, pack_tokens)
+    dialogue_ids = partial(clha.dialogue_ids, tokenizer=tokenizer)
+    reward_model = RewardModel(model, tokenizer, dialogue_ids, max_length, pack_tokens)
     if not reward_model.head:
         raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
     return reward_model
@@ -650,8 +658,12 @@ def score(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     records = read_records(args.data)
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)
-    write_scores(model, records, Path(args.out))
+    raw = Path(f"{args.out}.raw" if args.standardize else args.out)
+    write_scores(model, records, raw)
     if rank == 0:
+        if args.standardize:
+            write_jsonl(args.out, standardized(read_records(raw), Path(args.standardize)))
+            raw.unlink()
         scored = read_records(args.out)
         print(f"{summary(scored)}\n\nwritten to {args.out}")
         if args.plot:
@@ -669,6 +681,8 @@ def main() -> None:
         flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
     flag_of_score("--model", required=True, help="reward model: a folder or a hub name")
     flag_of_score("--out", required=True, help='the records with "rewards", JSON lines')
+    scale = "(reward - mean) / deviation, by this JSON file, such as scale.json, which is made if need be"
+    flag_of_score("--standardize", default="", help=scale)
     flag_of_score("--plot", default="", help="picture of the reward gaps, such as gaps.png")
     flag = flag_of_train
     flag("--model", required=True, help="language model to start from, folder or hub name")
@@ -678,6 +692,8 @@ def main() -> None:
     flag("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, then cosine")
     flag("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
     flag("--seed", type=int, default=42, help="of head, held-out queries and order")
+    flag("--template", default="auto", help="auto: the model's chat template, if any; hh; or a Jinja file")
+    flag("--template_args", default="", help="what it is given, such as enable_thinking=false")
     args = parser.parse_args()
     check_numbers(args)
     args.run(args)

@@ -112,7 +112,7 @@ def trained(name: str) -> str:
 def scored(name: str) -> str:
     """How far rewards in a pack are from those alone; raises InputError as scoring does."""
     model = build(AutoModelForSequenceClassification, name, num_labels=1)
-    judge = reward.RewardModel(model, None, None, False, max_length=128, pack_tokens=512)
+    judge = reward.RewardModel(model, None, list, max_length=128, pack_tokens=512)
     texts = [PROMPT + ids for ids in RESPONSES]
     packed = judge.score_ids(texts, [[0, 1, 2]])
     alone = [judge.score_ids([ids], [[0]])[0] for ids in texts]

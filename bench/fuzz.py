@@ -59,7 +59,6 @@ MEANS = '{"n": 2, "reward": {"mean": 61.5, "interval": [60, 63]}, "bleu": {"mean
 CHECKPOINT = '{"identity": {"seed": 1}, "processes": 2, "progress": {"step": 10}}'
 KEY = '{"sheet": "s", "models": ["x", "y"], "items": {"1": {"id": "1", "subset": "toy", "left": "x"}}}'
 VOTES = '{"sheet": "s", "annotator": "Ann", "answers": {"1": "left"}}'
-SHEET = '\ufeffsheet,item,prompt,answer\r\ns,1,"a\r\nb",left\r\ns,2,,\r\n'
 CONFIG = clha.Config("", "", "", max_length=64, max_prompt_length=32)
 
 
@@ -124,7 +123,6 @@ READERS: list[tuple[str, Callable[[Path], Any], str]] = [  # name of the file, i
     ("step-1/run.json", lambda path: reward.read_json(path, {"progress": dict}, "a checkpoint"), CHECKPOINT),
     ("key.json", read_key, KEY),
     ("votes.json", lambda path: people.read_votes(str(path), json.loads(KEY)), VOTES),
-    ("votes.csv", lambda path: people.read_votes(str(path), json.loads(KEY)), SHEET),
 ]
 
 

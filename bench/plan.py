@@ -141,7 +141,7 @@ class Run(NamedTuple):
 def prepare(config: clha.Config, device: torch.device) -> Run:
     """The run of these settings on such devices, in the process group that there is."""
     config = clha.settle(config, device)
-    tokenizer = clha.load_tokenizer(config.model)
+    tokenizer = clha.load_tokenizer(config.model, config.template, config.template_args)
     model = clha.load(transformers.AutoConfig, config.model)
     examples = clha.load_examples(config.train_data, tokenizer, config)
     sizes = list(examples["size"])

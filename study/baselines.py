@@ -307,13 +307,14 @@ def write_reference(args: argparse.Namespace) -> None:
     tokenizer = clha.load_tokenizer(args.model)
     policy, _ = clha.load_policy(config, device)
     encoded = (clha.encode(record, tokenizer, config) for record in records)
-    longest = max(encoded, key=itemgetter("longest"))
+    longest = max(filter(None, encoded), key=itemgetter("longest"))
     clha.check_policy(policy, longest, longest["longest"], config.dtype)
     policy.eval()
 
     @torch.no_grad()
     def work(share: list[Record], _: int) -> list[Record]:
-        examples = [clha.encode(record, tokenizer, config) for record in share]
+        # A chat that does not fit is left out of the training too, whatever number it gets.
+        examples = [clha.encode(record, tokenizer, config) or longest for record in share]
         sizes = [example["size"] for example in examples]
         packs = clha.balance(sizes, config.pack_tokens, 1) if share else []
         most = torch.tensor(len(packs))  # of any process; a sharded model needs as many passes on each

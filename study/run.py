@@ -162,7 +162,7 @@ def train_reward_model(base: Path, data: Path, folder: Path, seed: int) -> Path:
     if not out.exists():
         args = {"model": str(base), "data": str(data), "out": str(out), "seed": seed}
         args |= {"learning_rate": 7e-4, "norm_penalty": 0.001, "epochs": 1, "batch_size": 32}
-        args |= {"max_length": 1024, "pack_tokens": 4096}
+        args |= {"max_length": 1024, "pack_tokens": 4096, "template": "auto", "template_args": ""}
         reward.train(argparse.Namespace(**args))
     return out
 
@@ -247,8 +247,7 @@ def evaluate_run(world: World, name: str, model: Path, seed: int, reward_model: 
         return
     options: dict[str, Any] = {"max_new_tokens": world.max_new_tokens}
     if name == "coh":
-        stops = (*evaluate.STOP_STRINGS, baselines.GOOD, baselines.BAD)
-        options |= {"response_prefix": baselines.GOOD, "stop_strings": stops}
+        options |= {"response_prefix": baselines.GOOD, "stop_strings": (baselines.GOOD, baselines.BAD)}
     records = reward.read_records(world.test_data)
     responses = folder / "responses.jsonl"
     evaluate.write_responses(str(model), records, responses, **options)

@@ -388,7 +388,10 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
             "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
-        (normalizer_that_removes_all, "response 0 does not follow the prompt's own tokens, or has no tokens"),
+        (
+            normalizer_that_removes_all,
+            "response 0 does not follow the prompt's own tokens, or has none",
+        ),
         (
             remove("model.safetensors"),
             "model: cannot be loaded (OSError: Error no file named model.safetensors",

@@ -618,20 +618,6 @@ def test_the_generation_config_of_the_model_goes_with_the_result(
     assert {name: kept[name] for name in own} == own
 
 
-def test_a_chat_model_is_told_that_its_template_is_not_used(
-    world: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(world / "init", tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    model = str(tmp_path / "model")
-    clha.train(small(world, data, tmp_path / "run", model=model, max_steps=1, save_every=1))
-    assert "warning the chat template is not used: dialogues are HH text" in capsys.readouterr().out
-    for name in ("step-1", "final"):  # other programs would serve it in a format that it never saw
-        assert not AutoTokenizer.from_pretrained(tmp_path / "run" / name).chat_template
-
-
 # The token cache
 
 

@@ -272,7 +272,7 @@ def test_a_long_prompt_loses_its_beginning_but_not_bos(policy: tuple[Any, Any]) 
 
 def test_a_response_prefix_is_continued_and_left_out(policy: tuple[Any, Any]) -> None:
     text = " So. Bad answer: No. Human: why"
-    stop_strings = (*evaluate.STOP_STRINGS, "Good answer:", "Bad answer:")
+    stop_strings = ("Good answer:", "Bad answer:")
     asked = said(policy, text, response_prefix="Good answer:", stop_strings=stop_strings)
     assert asked == (["So."], ["<s>\n\nHuman: How?\n\nAssistant: Good answer:"])
     assert said(policy, text) == (["So. Bad answer: No."], ["<s>\n\nHuman: How?\n\nAssistant:"])
@@ -403,9 +403,9 @@ def test_generate_passes_its_flags_on(
     )
     program(*command, "--response_prefix", "Good answer:", "--stop_strings", "Good answer:", "Bad answer:")
     first = {"max_new_tokens": 128, "max_prompt_length": 384, "batch_size": 64, "temperature": 0.0}
-    first |= {"response_prefix": "", "stop_strings": evaluate.STOP_STRINGS}
+    first |= {"response_prefix": "", "stop_strings": ()}
     second = {"max_new_tokens": 5, "max_prompt_length": 50, "batch_size": 99, "temperature": 0.5}
-    more = (*evaluate.STOP_STRINGS, "Good answer:", "Bad answer:")
+    more = ("Good answer:", "Bad answer:")
     assert seen == [first, first | second, first | {"response_prefix": "Good answer:", "stop_strings": more}]
 
 

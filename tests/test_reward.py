@@ -283,7 +283,7 @@ def test_a_chat_template_that_fails_is_named_when_the_model_is_loaded(
     classifier: Path, tmp_path: Path, template: str
 ) -> None:
     folder = with_template(classifier, tmp_path / "chat", template)
-    with pytest.raises(InputError, match=r"chat: its chat template takes no \[{'role': 'user',"):
+    with pytest.raises(InputError, match=r"chat: the chat template does not take \[{'role': 'user',"):
         reward.load_reward_model(str(folder))
 
 
@@ -526,6 +526,8 @@ def settings_of_training(base: Path, data: Path, out: Path, **more: Any) -> argp
         "norm_penalty": 0.001,
         "max_length": 256,
         "pack_tokens": 1024,
+        "template": "auto",
+        "template_args": "",
         "seed": 0,
     }
     return argparse.Namespace(**(settings | more))
@@ -587,7 +589,7 @@ def test_the_report_is_what_the_saved_model_gives_in_units_of_its_deviation(
 def test_other_programs_get_the_same_scores_from_a_padded_batch(trained: dict[str, Any]) -> None:
     model = reward.load_reward_model(str(trained["path"]))
     prompts, responses = shuffled_responses(4)
-    texts = [reward.hh_text(p, r, "</s>") for p, r in zip(prompts, responses, strict=True)]
+    texts = [f"{clha.render(p)} {r}</s>" for p, r in zip(prompts, responses, strict=True)]
     plain = AutoModelForSequenceClassification.from_pretrained(trained["path"]).eval()
     logits = plain(**model.tokenizer(texts, return_tensors="pt", padding=True)).logits[:, 0]
     assert logits.tolist() == pytest.approx(model.score(prompts, responses), abs=1e-4)
@@ -597,7 +599,8 @@ def test_a_chat_model_that_pads_with_eos_is_scored_as_it_was_trained(base: Path,
     shutil.copytree(base, tmp_path / "chat")
     tokenizer = clha.load_tokenizer(str(base))
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = "{{ messages }}"
+    turn = "{{ turn.role }}: {{ turn.content }}{{ eos_token }}"
+    tokenizer.chat_template = "{{ bos_token }}{% for turn in messages %}" + turn + "{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "chat")
     reward.write_jsonl(tmp_path / "pairs.jsonl", make_records(20))
     settings = {"epochs": 1.0, "batch_size": 19}
@@ -607,7 +610,8 @@ def test_a_chat_model_that_pads_with_eos_is_scored_as_it_was_trained(base: Path,
     model = reward.load_reward_model(str(tmp_path / "rm"))
     prompts, responses = shuffled_responses(1)
     (ids,) = model.encode(prompts[:1], responses[:1])
-    assert model.tokenizer.decode(ids) == f"<s>{clha.render(prompts[0])} {responses[0]}</s>"
+    turns = [*prompts[0], {"role": "assistant", "content": responses[0]}]
+    assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     logit = plain(torch.tensor([ids])).logits.item()  # at EOS, which is not taken for padding
     assert logit == pytest.approx(model.score(prompts[:1], responses[:1])[0], abs=1e-5)
