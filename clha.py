@@ -501,9 +501,8 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
         except ImportError:
             raise InputError("--lora_rank: needs Hugging Face's peft: pip install peft") from None
         torch.manual_seed(config.seed)
-        model.add_adapter(
-            LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-        )
+        shape = {"r": config.lora_rank, "lora_alpha": 2 * config.lora_rank, "target_modules": "all-linear"}
+        model.add_adapter(LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
 EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy chooses another for its packs

@@ -3,9 +3,10 @@
     python -m bench.plan --model M --train_data F --gpu h200 --nproc 8 [settings of clha.py]
 
 Of M only config.json and the tokenizer are read. Memory is what PyTorch's own tracker adds up over a step
-with tensors that have shapes but no memory. Hours are 6 FLOPs per parameter and token at a rate that was
-measured (bench/rates.jsonl, by bench.rates, and out/bench/gpu.jsonl, by bench.gpu) or, said to be assumed, at
---mfu. The tokens of the released loop are counted with clha.py's ids, EOS included.
+with tensors that have shapes but no memory. Hours are 6 FLOPs per parameter and token (4 where a weight does
+not train, with --lora_rank) at a rate that was measured (bench/rates.jsonl, by bench.rates, and
+out/bench/gpu.jsonl, by bench.gpu), and at a range of rates that is assumed. The tokens of the released loop
+are counted with clha.py's ids, EOS included. --memory_gb and --tflops describe any other card.
 """
 
 import statistics
@@ -36,14 +37,18 @@ CARDS = {  # bytes of memory, FLOP/s in bfloat16 without sparsity, as their make
     "h100": (80e9, 990e12),
     "a100": (80e9, 312e12),
     "a800": (80e9, 312e12),
+    "rtx4090": (24e9, 165e12),
+    "other": (0, 0),
     "cpu": (0, 0),
 }
+
+ASSUMED = (0.3, 0.5)  # shares of a card's FLOP/s, where no rate is measured
 
 # ------------------------------------------------------------------------------------------------------------
 # Memory
 
 PARTS = {  # the tracker's names, and what they are
-    "Sharded Param": "weights, fp32 shard",
+    "Sharded Param": "weights, sharded: fp32, but bf16 where they do not train",
     "Sharded Grad": "gradients, fp32 shard",
     "OptState": "AdamW's two moments, fp32 shard",
     "Unsharded Param": "gathered weights",
@@ -110,7 +115,10 @@ class Plan:
     model: str
     kind: str  # of CARDS
     nproc: int
+    room: float  # bytes of memory of a card
+    peak: float  # FLOP/s of a card
     parameters: int
+    trained: int  # of the parameters
     memory: dict[str, int]  # of a rank, by part
     pack: int  # tokens of the largest pack
     queries: int
@@ -124,7 +132,8 @@ class Plan:
     @property
     def flops(self) -> float:
         """As they are usually counted: 6 per parameter and token, filled in or not; none for recomputing."""
-        return 6 * self.parameters * self.tokens * self.filled
+        frozen = self.parameters - self.trained  # have no gradients of their own
+        return (6 * self.trained + 4 * frozen) * self.tokens * self.filled
 
 
 class Run(NamedTuple):
@@ -151,7 +160,7 @@ def prepare(config: clha.Config, device: torch.device) -> Run:
     return Run(config, model, examples, order, limit, fill)
 
 
-def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
+def make_plan(config: clha.Config, kind: str, nproc: int, room: float = 0, peak: float = 0) -> Plan:
     """What a run of `nproc` processes on this kind of machine will need."""
     with fake_processes(nproc):
         run = prepare(config, torch.device("cpu" if kind == "cpu" else "cuda"))
@@ -170,12 +179,16 @@ def make_plan(config: clha.Config, kind: str, nproc: int) -> Plan:
         batch.append({"prompt_ids": [0] * missing, "response_ids": [], "rewards": []})
     real = sum(sizes[i] for pack in packs for i in pack)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(run.model).num_parameters()
+        model = AutoModelForCausalLM.from_config(run.model)
+        clha.add_adapters(model, config)
     return Plan(
         model=config.model,
         kind=kind,
         nproc=nproc,
-        parameters=parameters,
+        room=room or CARDS[kind][0],
+        peak=peak or CARDS[kind][1],
+        parameters=model.num_parameters(),
+        trained=model.num_parameters(only_trainable=True),
         memory=memory(run.model, run.config, batch, nproc // config.replicate, max(passes)),
         pack=clha.pack(batch).input_ids.shape[1],
         queries=len(sizes),
@@ -197,31 +210,31 @@ def find_rate(rates: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
     return min((rate for rate in rates if plan.kind in rate["kind"].lower()), key=distance, default=None)
 
 
-def time_at(flops_per_s: float, plan: Plan) -> str:
+def hours_at(flops_per_s: float, plan: Plan) -> float:
     """How long a run takes at this rate of each of its processes."""
-    hours = plan.flops / flops_per_s / plan.nproc / 3600
-    return f"{hours:.3g} hours, {hours * plan.nproc:.3g} of a process"
+    return plan.flops / flops_per_s / plan.nproc / 3600
 
 
-def hours(plan: Plan, mfu: float) -> str:
-    """Hours by a measured rate, and by an assumed one."""
+def hours(plan: Plan) -> str:
+    """Hours by a measured rate, and by assumed ones."""
     rate = find_rate([row for path in RATES if path.exists() for _, row in clha.read_jsonl(path)], plan)
     text = f"Time: no rate of {plan.kind} is measured yet; `python -m bench.gpu` on one measures it."
     if rate:
-        text = f"Time: {time_at(rate['flops_per_s'] / rate['processes'], plan)}, at the rate measured with "
-        text += f"{rate['model']} on {rate['processes']} process(es) of {rate['machine']}."
-    _, peak = CARDS[plan.kind]
-    if mfu and peak:
-        text += f"\nAssumed, not measured: at {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, "
-        text += f"{time_at(mfu * peak, plan)}."
+        found = hours_at(rate["flops_per_s"] / rate["processes"], plan)
+        text = f"Time: {found:.3g} hours, at the rate measured with {rate['model']} on "
+        text += f"{rate['processes']} process(es) of {rate['machine']}."
+    if plan.peak:
+        low, high = [hours_at(share * plan.peak, plan) for share in reversed(ASSUMED)]
+        shares = " to ".join(f"{share:.0%}" for share in reversed(ASSUMED))
+        text += f"\nAssumed, not measured: {low:.3g} to {high:.3g} hours, at {shares} of the card's "
+        text += f"{plan.peak / 1e12:,.0f} TFLOP/s."
     return text
 
 
-def report(plan: Plan, mfu: float) -> str:
+def report(plan: Plan) -> str:
     """The plan as Markdown."""
     total = sum(plan.memory.values())
-    room = CARDS[plan.kind][0]
-    share = f" of {room / 1e9:,.0f} ({total / room:.0%})" if room else ""
+    share = f" of {plan.room / 1e9:,.0f} ({total / plan.room:.0%})" if plan.room else ""
     parts = "\n".join(f"| {PARTS[part]} | {size / 1e9:.2f} |" for part, size in plan.memory.items())
     return f"""# {plan.model} on {plan.nproc} x {plan.kind}
 
@@ -237,16 +250,16 @@ Not counted: context, NCCL, workspaces of kernels, what the allocator leaves unu
 
 | work | |
 | --- | --- |
-| parameters | {plan.parameters:,} |
+| parameters, and how many of them train | {plan.parameters:,}, {plan.trained:,} |
 | queries | {plan.queries:,} |
 | tokens per epoch, each prompt once | {plan.epoch_tokens:,} |
 | the same by the released loop, padded | {plan.released_tokens / plan.epoch_tokens:.2f} times as many |
 | computed to fill packs of one length | {plan.filled - 1:+.1%} |
 | steps, and tokens in all of them | {plan.steps:,}, {plan.tokens:,} |
-| FLOPs, 6 per parameter and token | {plan.flops:.3g} |
-| disk for three checkpoints, two and one being written, GB | {3 * 12 * plan.parameters / 1e9:,.1f} |
+| FLOPs, 6 per parameter and token, 4 if it does not train | {plan.flops:.3g} |
+| disk for three checkpoints, two and one being written, GB | {3 * 12 * plan.trained / 1e9:,.1f} |
 
-{hours(plan, mfu)}"""
+{hours(plan)}"""
 
 
 def main() -> None:
@@ -255,13 +268,12 @@ def main() -> None:
     flag = parser.add_argument
     flag("--gpu", choices=CARDS, default="h200", help="the card, or cpu")
     flag("--nproc", type=int, default=8, metavar="N", help="processes, one per card")
-    flag("--mfu", type=float, default=0.0, metavar="F", help="share of the card's FLOP/s that is assumed")
+    flag("--memory_gb", type=float, default=0.0, metavar="GB", help="of the card, if it is another")
+    flag("--tflops", type=float, default=0.0, metavar="N", help="of the card in bfloat16, if it is another")
     with tempfile.TemporaryDirectory() as folder:  # gets the tokens
         config, args = parser.parse_args_into_dataclasses([*sys.argv[1:], "--output_dir", folder])
         reward.check_numbers(args, positive=("nproc",))
-        if not 0 <= args.mfu <= 1:
-            raise clha.InputError(f"--mfu {args.mfu}: must be 0 to 1, a share of the card's FLOP/s")
-        print(report(make_plan(config, args.gpu, args.nproc), args.mfu))
+        print(report(make_plan(config, args.gpu, args.nproc, 1e9 * args.memory_gb, 1e12 * args.tflops)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Plans by hand: memory by part, tokens, hours; and the rate that a machine gives them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def test_tokens_of_the_released_loop_by_hand() -> None:
 
 def plan_of(**more: Any) -> plan.Plan:
     """A plan with these figures."""
-    figures = {"kind": "h200", "nproc": 4, "parameters": 10**9, "tokens": 10**6, "filled": 1.5}
+    figures = {"kind": "h200", "nproc": 4, "tokens": 10**6, "filled": 1.5}
+    figures |= {"parameters": 10**9, "trained": 10**9}
     names = plan.Plan.__dataclass_fields__
     return plan.Plan(**(dict.fromkeys(names, 0) | figures | more))
 
@@ -74,7 +76,8 @@ def test_hours_of_a_rate_by_hand() -> None:
     rate = {"kind": "NVIDIA H200", "flops_per_s": 6e12, "processes": 2, "parameters": 99}  # 3e12 per process
     wanted = plan_of()
     assert wanted.flops == 1.5 * 6e15
-    assert plan.time_at(3e12, wanted) == "0.208 hours, 0.833 of a process"  # 9e15 / 12e12 = 750 s
+    assert plan.hours_at(3e12, wanted) == pytest.approx(750 / 3600)  # 9e15 / 12e12
+    assert plan_of(trained=0).flops == 1.5 * 4e15
     small = {"kind": "NVIDIA H200", "flops_per_s": 1, "processes": 1, "parameters": 10}
     assert plan.find_rate([small, rate], plan_of(nproc=1, parameters=90)) == small
     assert plan.find_rate([small, rate], plan_of(nproc=2, parameters=10)) == rate
@@ -85,11 +88,12 @@ def test_a_plan_reads_no_weights(
     files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(plan, "RATES", [tmp_path / "none"])
-    flags = "--gpu a800 --nproc 4 --replicate 2 --mfu 0.5"
+    flags = "--gpu a800 --nproc 4 --replicate 2 --memory_gb 40"
     run(plan, [*files, *flags.split()], monkeypatch)
     text = capsys.readouterr().out
     assert "no rate of a800 is measured yet; `python -m bench.gpu`" in text
-    assert "Assumed, not measured: at 50% of 312 TFLOP/s" in text
+    assert "hours, at 50% to 30% of the card's 312 TFLOP/s" in text
+    assert re.search(r"\*\*0\.\d\d\*\* of 40 \(", text)
     assert "(1.0 passes, 128 tokens in the largest pack)" in text  # filled to a tile
     assert "| queries | 8 |" in text
     assert "| steps, and tokens in all of them | 4," in text
@@ -113,7 +117,7 @@ def test_a_measured_rate_gives_hours(
     ("module", "flags", "line"),
     [
         (plan, "--nproc 0", "--nproc 0: must be a finite number of 1 or more"),
-        (plan, "--mfu 40", "--mfu 40.0: must be 0 to 1, a share of the card's FLOP/s"),
+        (plan, "--memory_gb -1", "--memory_gb -1.0: must be a finite number of 0 or more"),
         (plan, "--nproc 3 --replicate 2", "--replicate 2: must divide the 3 processes"),
         (plan, "--gpu abacus", "--gpu: invalid choice"),
         (plan, "--max_length 9", "--max_prompt_length 384: must be less than --max_length"),
