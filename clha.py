@@ -174,7 +174,7 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
     except Exception as error:  # a template is a program, and may fail in any way
         wrong = f"the chat template does not take {turns[:2]} ({reason(error)})"
         raise InputError(f"{tokenizer.name_or_path}: {wrong}") from error
-    ids: list[int] = []
+    ids = []
     for part in re.split(f"({special})", text) if MARK in text else [text]:
         plain = part.replace(MARK, "")
         ids += ids_of(plain, add_special_tokens=False, split_special_tokens=MARK in part).input_ids
@@ -260,10 +260,10 @@ class Pack:
 
 def pack(examples: list[Example], device: torch.device | str = "cpu", length: int = 0) -> Pack:
     """Examples as one Pack; for flex it is filled to `length` tokens, and the filling counts nowhere."""
-    rows: list[tuple[int, int, int, int]] = []  # of each token: id, position, response or -1, query
-    targets: list[int] = []
-    sources: list[int] = []
-    owners: list[int] = []
+    rows = []  # of each token: id, position, response or -1, query
+    targets = []
+    sources = []
+    owners = []
     width = max(len(example["response_ids"]) for example in examples)  # l
     for b, example in enumerate(examples):
         prompt = example["prompt_ids"]
@@ -538,7 +538,7 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
 
 def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
     """The model of --model, and a hash of it: rank 0 reads it and sends the other processes their shards."""
-    weights: dict[str, Tensor] = {}
+    weights = {}
     model_config = load(transformers.AutoConfig, config.model)
     digest = xxhash.xxh3_128(model_config.to_json_string().encode())
     if dist.get_rank() == 0:
@@ -630,7 +630,7 @@ def file_hash(path: str | Path) -> str:
 
 def state_tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
     """The weights that train, and AdamW's moments of them, by name."""
-    state: dict[str, Tensor] = {}
+    state = {}
     for name, weight in policy.model.named_parameters():
         if weight.requires_grad:
             state[f"model.{name}"] = weight
@@ -716,8 +716,9 @@ def load_examples(
         if file_hash(path) != content:
             raise InputError(f"{path}: changed while it was read")
 
-    settings = (config.max_length, config.max_prompt_length, fields, ranked, transformers.__version__)
-    name = datasets.fingerprint.Hasher.hash((content, file_hash(__file__), tokenizer, settings))
+    settings = (config.max_length, config.max_prompt_length, tokenizer.chat_template, fields, ranked)
+    versions = (file_hash(__file__), transformers.__version__)
+    name = datasets.fingerprint.Hasher.hash((content, tokenizer, settings, versions))
     try:
         return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -745,7 +746,7 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
         raise InputError(f"--batch_size {config.batch_size}: there are only {queries} queries")
     if not 1 <= steps < 2**24:
         raise InputError(f"--epochs {config.epochs:g}: makes {steps:,} steps of {config.batch_size} queries")
-    order: list[list[int]] = []
+    order = []
     for epoch in range(math.ceil(steps / per_epoch)):
         generator = torch.Generator().manual_seed(config.seed + epoch)
         shuffled = torch.randperm(queries, generator=generator)[: per_epoch * config.batch_size]
@@ -758,7 +759,7 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
     limit = max(limit, *sizes)  # an item is not divided
     number = math.ceil(sum(sizes) / limit / processes) * processes  # as many for each; some may stay empty
     while True:
-        packs: list[list[int]] = [[] for _ in range(number)]
+        packs = [[] for _ in range(number)]
         loads = [0] * number
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # longest first, into the lightest pack
             lightest = loads.index(min(loads))
@@ -796,7 +797,7 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> 
     """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate."""
     # The loss of a pack is a mean, and its weight is its share of the queries: so packs and processes cannot
     # change the sum, which is the mean over the batch.
-    totals: dict[str, Any] = {}
+    totals = {}
     for batch in packs:
         with torch.set_grad_enabled(train):
             sum_logps = policy(batch)
@@ -867,11 +868,13 @@ def train(
             log.with_suffix(".partial").replace(log)
             print(f"prompt  {tokenizer.decode(probe['prompt_ids'])!r}")
             print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
-            size = f"{policy.model.num_parameters():,} parameters, {len(examples):,} queries"
-            print(f"train   {size} of {median_low(counts)} responses (at most {max(counts)})")
-            print(f"train   alpha {config.alpha:g}, steps {done + 1:,} to {len(order):,}", flush=True)
+            size = policy.model.num_parameters(only_trainable=True)
+            number = f"{median_low(counts)} responses (at most {max(counts)})"
+            print(f"train   {size:,} parameters, checkpoints of {12 * size / 1e9:,.3g} GB, three at a time")
+            print(f"train   {len(examples):,} queries of {number}, alpha {config.alpha:g}")
+            print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
             track = start_tracker(config)
-        signals: list[int] = []  # they wait for the end of a step
+        signals = []  # they wait for the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))
         skipped = 0  # steps in a row
@@ -881,7 +884,7 @@ def train(
             last = step == len(order)
             torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
             batch = examples.select(indices).to_list()
-            metrics: dict[str, Any] = run_batch(policy, packs_of(batch), loss_fn, train=True)
+            metrics = run_batch(policy, packs_of(batch), loss_fn, train=True)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
             finite = math.isfinite(metrics["loss"] + norm)
             skipped = 0 if finite else skipped + 1
@@ -909,9 +912,8 @@ def train(
                 if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
                     rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
                     left = timedelta(seconds=round(seconds * (len(order) - step)))
-                    print(
-                        f"step    {step:,} of {len(order):,}, loss {metrics['loss']:.4f}, {rate}, {left} left"
-                    )
+                    said = f"loss {metrics['loss']:.4f}, {rate}, {left} left"
+                    print(f"step    {step:,} of {len(order):,}, {said}", flush=True)
             if skipped == MAX_SKIPPED or (skipped and last and not optimizer.state):
                 raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
             if config.save_every and step % config.save_every == 0:
@@ -962,7 +964,7 @@ def reason(error: BaseException) -> str:
 
 def on_first_process(work: Callable[[], Any]) -> Any:
     """What `work` gives on rank 0, on every process; its error too, so that all of them stop."""
-    outcome: list[Any] = [None, None]
+    outcome = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()

@@ -5,6 +5,7 @@
     python evaluate.py score --responses responses/*.jsonl --data test.jsonl --reward_model RM_EVAL --out eval
     python evaluate.py table eval/base eval/sft eval/clha
     python evaluate.py best eval/step-*
+    python evaluate.py publish --run out            a model card; with --push_to_hub, the model on the hub
 
 Any engine can write the responses: a file has one JSON line {"id", "response"} per record. `requests` writes
 the prompts in OpenAI's batch format, for `vllm run-batch` and closed models; `score` reads what comes back:
@@ -25,6 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from sacrebleu.metrics import BLEU
 from transformers import (
@@ -483,6 +485,68 @@ def run_merge(args: argparse.Namespace) -> None:
     print(f"merged into {args.out}")
 
 
+CARD = """---
+base_model: {model}
+library_name: {library}
+tags: [clha, preference-alignment]
+---
+# {name}
+
+{model}, aligned with human preferences by CLHA (Fang et al., LREC-COLING 2024) in {steps:,} steps of
+{batch_size} queries, {epoch:.3g} passes over {queries:,} queries of {train_data}. {dialogues}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+{metrics}
+{settings}"""
+
+
+def model_card(run: Path, folder: str) -> str:
+    """The README.md of a finished run's model: base, data, what the last step logged, and the settings."""
+    need = {"model": str, "train_data": str, "batch_size": int, "lora_rank": int}
+    config = reward.read_json(run / "config.json", need, "the settings of a run of clha.py")
+    rows = [row for _, row in clha.read_jsonl(run / "metrics.jsonl")]
+    if not rows or not (run / "final").is_dir():
+        raise InputError(f"{run}: not a finished run of clha.py, with metrics.jsonl and final/")
+    chat = AutoTokenizer.from_pretrained(run / "final").chat_template
+    shown = [[name, f"{value:.4g}"] for name, value in rows[-1].items() if type(value) is float]
+    words = {"model", "train_data", "dev_data", "output_dir", "token_cache"}
+    settings = [[name, str(value)] for name, value in config.items() if name not in words]
+    return CARD.format(
+        model=model_name(config["model"]) if Path(config["model"]).exists() else config["model"],
+        library="peft" if config["lora_rank"] else "transformers",
+        name=run.resolve().name,
+        steps=len(rows),
+        batch_size=config["batch_size"],
+        epoch=rows[-1]["epoch"],
+        queries=round(len(rows) * config["batch_size"] / rows[-1]["epoch"]),
+        train_data=Path(config["train_data"]).name,
+        folder=folder,
+        dialogues=f"It is asked in {'its chat template' if chat else 'the text of HH-RLHF'}.",
+        metrics=markdown([["the last step", ""], *shown]),
+        settings=markdown([["setting", ""], *settings]),
+    )
+
+
+def run_publish(args: argparse.Namespace) -> None:
+    """a model card for a finished run; with --push_to_hub, the model on the hub"""
+    final = Path(args.run_dir) / "final"
+    write_text(final / "README.md", model_card(Path(args.run_dir), args.push_to_hub or str(final)))
+    print(f"wrote {final / 'README.md'}")
+    if args.push_to_hub:
+        try:
+            huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
+            url = huggingface_hub.upload_folder(repo_id=args.push_to_hub, folder_path=final)
+        except Exception as error:  # of the network, or of the hub
+            raise InputError(f"--push_to_hub {args.push_to_hub}: {clha.reason(error)}") from error
+        print(f"pushed to {url}")
+
+
 def run_requests(args: argparse.Namespace) -> None:
     """the prompts in OpenAI's batch format, for other engines"""
     reward.check_output(args.out, "file")
@@ -564,6 +628,9 @@ def main() -> None:
     flag = parser.add_command("merge", run_merge)
     flag("--model", required=True, help="what clha.py --lora_rank left in OUTPUT_DIR/final")
     flag("--out", required=True, help="Hugging Face folder for the whole model")
+    flag = parser.add_command("publish", run_publish)
+    flag("--run", dest="run_dir", required=True, help="OUTPUT_DIR of clha.py; the card is final/README.md")
+    flag("--push_to_hub", default="", metavar="OWNER/NAME", help="sends final/ there, as a private model")
     flag = parser.add_command("requests", run_requests)
     flag("--model", required=True, help="the name by which the engine knows its model")
     flag("--data", required=True, help="records, JSON lines")

@@ -576,7 +576,7 @@ def test_alpha_follows_the_usual_number_of_responses(
     path = write(tmp_path / "odd.jsonl", records[:1] + records[2::2])
     clha.train(small(world, path, tmp_path / "run", max_steps=1))
     printed = capsys.readouterr().out
-    assert "queries of 2 responses (at most 20)\n" in printed and "alpha 0.05, " in printed
+    assert "queries of 2 responses (at most 20), alpha 0.05\n" in printed
     assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 0.05
 
 
@@ -616,6 +616,21 @@ def test_the_generation_config_of_the_model_goes_with_the_result(
     clha.train(small(world, data, tmp_path / "run", model=str(tmp_path / "model"), max_steps=1))
     kept = json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())
     assert {name: kept[name] for name in own} == own
+
+
+def test_a_tracker_gets_each_step_and_a_missing_one_is_a_line(
+    world: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    clha.train(small(world, data, tmp_path / "run", tracker="tensorboard", max_steps=2))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(row["step"], pytest.approx(row["loss"])) for row in log(tmp_path / "run")]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(clha.InputError, match="--tracker wandb: not installed; pip install wandb"):
+        clha.train(small(world, data, tmp_path / "other", tracker="wandb"))
+    assert not (tmp_path / "other/final").exists()
 
 
 # The token cache

@@ -115,3 +115,20 @@ def test_the_identity_of_a_run_has_the_base_and_the_rank(world: Path, trained: P
     shutil.rmtree(tmp_path / "run/final")
     with pytest.raises(InputError, match="lora_rank 2 -> 3"):
         clha.train(lora(world, tmp_path / "run", lora_rank=3))
+
+
+def test_a_model_card_says_what_was_trained_on_what(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "publish", "--run", str(tmp_path / "run")])
+    evaluate.main()
+    card = (tmp_path / "run/final/README.md").read_text()
+    [last] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1:]
+    assert card.startswith("---\nbase_model: init\nlibrary_name: peft\n")
+    assert f"| loss | {json.loads(last)['loss']:.4g} |" in card and "| lora_rank | 2 |" in card
+    assert "4 steps of" in card and "queries of scored.jsonl" in card and "the text of HH-RLHF" in card
+    assert str(tmp_path.parent) not in card.replace(str(tmp_path / "run/final"), "")
+    shutil.rmtree(tmp_path / "run/final")
+    with pytest.raises(InputError, match="not a finished run"):
+        evaluate.main()
