@@ -300,30 +300,30 @@ def summary(records: list[Record]) -> str:
     return f"{line}\n\n| reward gap |{names}\n|{' --- |' * 8}\n| pairs |{shares}"
 
 
-def plot_gaps(records: list[Record], path: str) -> None:
-    """Draws the histogram of reward gaps, and the default `min_reward_gap`, into a picture file."""
-    pyplot = import_pyplot()
+def draw_rewards(records: list[Record], min_reward_gap: float = clha.Config.min_reward_gap) -> Any:
+    """What gate and filter see of a data set: the reward of each best response, and the gap of each pair."""
+    figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    best = torch.tensor([float(max(record["rewards"])) for record in records])
+    left.hist(best.numpy(), bins=25, color="0.6")
+    left.axvline(0, color="black")
+    opened = (best > 0).float().mean()
+    left.set(title="Reward of the best response", xlabel=f"gate: {opened:.0%} imitated, right of 0")
+    left.set_ylabel("queries")
     gaps = reward_gaps(records)
-    threshold = clha.Config.min_reward_gap
-    kept = (gaps > threshold).float().mean()
-    label = f"min_reward_gap {threshold:g}: {kept:.0%} of pairs kept"
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.hist(gaps.numpy(), bins=60, color="tab:blue")
-    axes.axvline(threshold, color="tab:red", label=label)
-    axes.set(xlabel="reward gap of a pair", ylabel="pairs", xlim=(0, None))
-    axes.legend()
-    save_picture(figure, path)
+    right.hist(gaps.numpy(), bins=25, color="0.6")
+    right.axvline(min_reward_gap, color="black")
+    kept = (gaps > min_reward_gap).float().mean()
+    right.set(title="Reward gap of a pair", xlabel=f"filter: {kept:.0%} train, right of {min_reward_gap:g}")
+    right.set_ylabel("pairs")
+    return figure
 
 
 def import_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises InputError if it is not installed."""
+    """matplotlib's pyplot. Raises InputError if it is not installed."""
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise InputError("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
 
 
@@ -667,7 +667,7 @@ def score(args: argparse.Namespace) -> None:
         scored = read_records(args.out)
         print(f"{summary(scored)}\n\nwritten to {args.out}")
         if args.plot:
-            plot_gaps(scored, args.plot)
+            save_picture(draw_rewards(scored), args.plot)
 
 
 def main() -> None:
@@ -683,7 +683,7 @@ def main() -> None:
     flag_of_score("--out", required=True, help='the records with "rewards", JSON lines')
     scale = "(reward - mean) / deviation, by this JSON file, such as scale.json, which is made if need be"
     flag_of_score("--standardize", default="", help=scale)
-    flag_of_score("--plot", default="", help="picture of the reward gaps, such as gaps.png")
+    flag_of_score("--plot", default="", help="picture of rewards and their gaps, such as gaps.png")
     flag = flag_of_train
     flag("--model", required=True, help="language model to start from, folder or hub name")
     flag("--out", required=True, help="folder for the reward model")

@@ -1,0 +1,115 @@
+"""The pictures that explain CLHA, drawn by calls of clha.py: mask of a pack, way of the data, hinge, rewards.
+
+    python -m study.pictures --out docs/pictures   mask.png, way.png, hinge.png, rewards.png; needs matplotlib
+
+They are gray, so that they can be printed. docs/walkthrough.ipynb draws them from its own record.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clha
+import reward
+from clha import Example
+from study import toy
+
+WAY = [  # the stations of a query, and the functions of clha.py between them
+    ("record", "a line of JSON:\nprompt, responses,\nrewards", "rank"),
+    ("tokens", "ids of the prompt,\nids of each response", "encode"),
+    ("pack", "queries in one row,\neach prompt once,\na mask", "pack"),
+    ("log-probs", "one sum per response,\n(B, l)", "Policy"),
+    ("loss", "pairs by margin,\nthe best imitated", "clha_loss"),
+    ("step", "mean over the batch,\nAdamW", "run_batch"),
+]
+
+
+def way() -> Any:
+    """The straight line on which a query goes through clha.py."""
+    pyplot = reward.import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6, 7), layout="constrained")
+    for i, (name, content, function) in enumerate(WAY):
+        place = (0, -i)
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "0.92", "edgecolor": "black"}
+        axes.annotate(name, place, ha="center", va="center", fontsize=13, weight="bold", bbox=box)
+        axes.annotate(content, (0.35, -i), va="center", fontsize=10)
+        if i:
+            arrow = {"arrowstyle": "-|>", "color": "black"}
+            axes.annotate("", (0, 0.28 - i), (0, 0.72 - i), arrowprops=arrow)
+            axes.annotate(
+                f"{function}()", (-0.08, 0.5 - i), ha="right", va="center", fontsize=10, family="monospace"
+            )
+    axes.set(xlim=(-0.7, 1.1), ylim=(0.5 - len(WAY), 0.5))
+    axes.axis("off")
+    return figure
+
+
+def mask(examples: list[Example], tokenizer: clha.Tokenizer) -> Any:
+    """Which token of a pack (row) sees which (column): prompts light, each response in a shade of its own."""
+    pyplot = reward.import_pyplot()
+    pack = clha.pack(examples)
+    tokens = [repr(tokenizer.decode([i]))[1:-1] for i in pack.input_ids[0].tolist()]
+    shades = []
+    for example in examples:
+        shades += [0.25] * len(example["prompt_ids"])
+        for i, ids in enumerate(example["response_ids"]):
+            shades += [0.45 + 0.2 * i] * len(ids)
+    sees = torch.block_diag(*[part.float() for part in pack.mask])  # (N, N)
+    side = 2 + 0.17 * len(tokens)
+    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(sees * torch.tensor(shades), cmap="gray_r", vmin=0, vmax=1)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
+    axes.set_title("The row's token sees the column's")
+    return figure
+
+
+def hinge(margin: float) -> Any:
+    """The loss of a pair over the lead of its better response, one and two places apart (Eq. 4 to 6)."""
+    pyplot = reward.import_pyplot()
+    lead = torch.linspace(-1, 1, 201)  # p_i - p_j
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for places, style in ((1, "-"), (2, "--")):
+        scores = torch.zeros(len(lead), places + 1)
+        scores[:, 0] = lead
+        keep = torch.zeros(len(lead), places + 1, places + 1, dtype=torch.bool)
+        keep[:, 0, places] = True
+        loss = clha.pairwise_margin_loss(scores, keep, margin)
+        axes.plot(lead, loss, style, color="black", label=f"{places} place{'s' * (places > 1)} apart")
+    axes.axvline(0, color="0.8")
+    axes.set(xlabel="lead $p_i - p_j$ of the better response (nats per token)", ylabel="loss")
+    axes.set_title(f"Loss of a pair, margin {margin:g}")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Draws all of them on a small toy world."""
+    parser = reward.Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the pictures")
+    args = parser.parse_args()
+    reward.check_output(args.out, "folder")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "world"
+        toy.write(folder, seed=0, queries=400)
+        tokenizer = clha.load_tokenizer(f"{folder}/init")
+        records = list(clha.iter_records(f"{folder}/train.jsonl"))
+    for record in records:  # in this world the true reward of any text is known
+        record["rewards"] = [toy.gold(record["prompt"], response) for response in record["responses"]]
+    examples = []
+    for question, responses in (("How?", ["Go on.", "Stop.", "No."]), ("Why?", ["So.", "No."])):
+        prompt = [{"role": "user", "content": question}]
+        record = {"id": question, "prompt": prompt, "responses": responses}
+        examples.append(clha.encode(record, tokenizer, clha.Config("", "", "")))
+    config = clha.Config("", "", "")
+    figures = {"mask": mask(examples, tokenizer), "way": way(), "hinge": hinge(config.margin)}
+    figures["rewards"] = reward.draw_rewards(records)
+    for name, figure in figures.items():
+        reward.save_picture(figure, str(args.out / f"{name}.png"))
+    print(f"drew {', '.join(figures)} into {args.out}")
+
+
+if __name__ == "__main__":
+    clha.run(main)
