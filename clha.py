@@ -5,15 +5,17 @@ A reward model has scored the responses to each prompt. CLHA fine-tunes a langua
     L_total = sum_{i<j} (1 - k_ij) max(0, p_j - p_i + margin (j - i))  +  alpha (1 - lambda) L_sft     Eq. 3-7
 
 where p_i is the mean log-probability of the i-th best response, k drops pairs whose rewards are too close,
-and lambda drops the imitation of a response whose reward is not above zero. The code speaks of what stays:
-`keep` is 1 - k, `gate` is 1 - lambda. Rewards are used as they are in the file, neither scaled nor centered.
-Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data's way:
+and lambda drops the imitation of the best response where its reward is not above zero. The code speaks of
+what stays: `keep` is 1 - k, `gate` is 1 - lambda. Rewards are used as they are, neither scaled nor centered.
+Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data flow in a straight line:
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
+This starts a run, and resumes one that was stopped; out/final is then a Hugging Face folder:
+
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
-starts a run and resumes it; out/final is a Hugging Face folder. A record of train.jsonl is a JSON line:
+A record of train.jsonl is a JSON line:
 
     {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."], "rewards": [1.2, -0.3],
      "chosen": 0, "subset": "helpful-base", "id": "..."}
@@ -65,8 +67,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # 1. Configuration -------------------------------------------------------------------------------------------
-# Every field is a flag of the command line: its name, its default, and the reason for it. The flags are made
-# by transformers' HfArgumentParser, which adds no dependency.
+# Every field is a flag of the command line: its name, its default, what it does or where it comes from. The
+# flags are made by transformers' HfArgumentParser, which adds no dependency.
 
 
 def option(default: Any, help: str) -> Any:
@@ -83,30 +85,30 @@ class Config:
     output_dir: str = option(MISSING, "receives metrics.jsonl, config.json, checkpoints/ and final/")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
-    # The paper gives neither; ours were chosen on the toy world.
+    # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
     margin: float = option(0.3, "of Eq. 6, in nats per token")
-    min_reward_gap: float = option(0.5, "a pair trains if its rewards differ by more than this: k of Eq. 5")
-    gate: bool = option(True, "lambda of Eq. 7; without it every best response is imitated")
-    alpha: float | None = option(None, "of Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
+    min_reward_gap: float = option(0.5, "a pair whose rewards differ by no more than this is left out: k = 1")
+    gate: bool = option(True, "a best response with a reward of 0 or less is not imitated: lambda = 1")
+    alpha: float | None = option(None, "of Eq. 7; default 0.05 (l - 1)^2, l the low median of responses")
     # Tokens
-    template: str = option("auto", "auto: the model's chat template, if it has one; hh; or a Jinja file")
+    template: str = option("auto", "auto: the model's chat template, else hh; hh: as in HH-RLHF; or a file")
     template_args: str = option("", "what the template is given, such as enable_thinking=false")
-    max_length: int = option(512, "tokens of prompt and response; the end is cut (release: train_hh.sh)")
-    max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (train_hh.sh)")
+    max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
+    max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (release: 384)")
     # Optimization
     lora_rank: int = option(
-        0, "train adapters of this rank on all linear layers alone (LoRA, Hugging Face peft)"
+        0, "train only adapters of this rank, on all linear layers (LoRA); 0: all weights"
     )
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
     lr_schedule: Literal["constant_with_warmup", "cosine"] = option("constant_with_warmup", "as released")
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
     epochs: float = option(2.0, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
-    batch_size: int = option(128, "queries per step, over all processes (train_hh.sh: 8 GPUs x 2 x 8)")
+    batch_size: int = option(128, "queries per step, over all processes (release: 8 GPUs x 2 x 8)")
     weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
-    seed: int = option(42, "of the data order, which is the same for any number of processes")
+    seed: int = option(42, "of dropout, LoRA, and the order of the data, the same for any processes")
     # Speed and memory: none of these changes a result by more than rounding
     pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
@@ -117,7 +119,7 @@ class Config:
     save_every: int = option(0, "steps between model folders OUTPUT_DIR/step-N (release: 600); 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints to resume from; 0: only when stopped")
     tracker: Literal["", "wandb", "trackio", "mlflow", "tensorboard"] = option("", "gets the metrics too")
-    deterministic: bool = option(False, "on a GPU, only kernels that repeat their bits; slower")
+    deterministic: bool = option(False, "on a GPU, only kernels that give the same bits again; slower")
 
 
 # 2. Records -------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class InputError(Exception):
 
 
 def rank(record: Record) -> Record:
-    """The record with its responses, and lists that go with them, by reward, best first (Section 3.2)."""
+    """The record with its responses, and the lists that go with them, sorted: best reward first."""
     order = list(range(len(record["responses"])))
     order.sort(key=lambda i: -record["rewards"][i])  # stable: equal rewards keep the file's order
     ranked = dict(record)
@@ -161,20 +163,21 @@ MARK = "\ufdd0"  # a noncharacter: no text has it
 def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
     """A dialogue in the tokenizer's chat template, or as HH-RLHF text with EOS at its end, as ids."""
     ended = turns[-1]["role"] == "assistant"  # else a response is to follow
-    ids_of = partial(tokenizer, truncation=False, padding=False)  # whatever it was saved with
+    ids_of = partial(tokenizer, truncation=False, padding=False)  # overrides what was saved with it
     if not tokenizer.chat_template:
         end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token else []
         return ids_of(render(turns), split_special_tokens=True).input_ids + end
     special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
-    # A mark between its characters keeps what someone typed from being a special token.
-    split = partial(re.sub, special, lambda found: MARK.join(found[0]))
-    marked = [turn | {"content": split(turn["content"])} for turn in turns]
+    # MARK goes between the characters of special tokens that someone typed; the template's stay whole.
+    defuse = partial(re.sub, special, lambda found: MARK.join(found[0]))
+    marked = [turn | {"content": defuse(turn["content"])} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not ended)
     except Exception as error:  # a template is a program, and may fail in any way
         wrong = f"the chat template does not take {turns[:2]} ({reason(error)})"
         raise InputError(f"{tokenizer.name_or_path}: {wrong}") from error
     ids = []
+    # If there is a mark, what stands between the template's special tokens is tokenized by itself.
     for part in re.split(f"({special})", text) if MARK in text else [text]:
         plain = part.replace(MARK, "")
         ids += ids_of(plain, add_special_tokens=False, split_special_tokens=MARK in part).input_ids
@@ -188,17 +191,19 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
-    """A chat's newest turns of at most `limit` ids, and its system turn; [] if none fit. HH text is kept."""
+    """The newest turns of a chat, and its system turn, in `limit` ids; [] if the last does not fit."""
+    if not tokenizer.chat_template:  # HH text is cut by ids instead
+        return turns
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
     users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-    for kept in [turns, *(system + turns[i:] for i in users[1:])]:
-        if not tokenizer.chat_template or len(dialogue_ids(kept, tokenizer)) <= limit:
+    for kept in [turns, *(system + turns[i:] for i in users[1:])]:  # all of them, then ever fewer
+        if len(dialogue_ids(kept, tokenizer)) <= limit:
             return kept
     return []
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
-    """The last `limit` ids of a prompt, BOS kept. Ids are cut, not text, so the others stay the same."""
+    """The last `limit` ids of a prompt, BOS kept. Ids are cut, not text, which leaves the rest the same."""
     kept = ids[-limit:]
     if ids[:1] == [bos]:
         kept[0] = bos
@@ -206,9 +211,9 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | None:
-    """A record as `prompt_ids` and `response_ids`; None if the last turn of a chat alone is too long.
+    """A record as `prompt_ids` and `response_ids`; None for a chat whose last turn is too long by itself.
 
-    Raises InputError for a response without ids, or without a log-prob of its own.
+    Raises InputError for a response that has no ids, or whose ids do not follow those of the prompt.
     """
     turns = recent_turns(record["prompt"], tokenizer, config.max_prompt_length)
     if not turns:
@@ -223,8 +228,10 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
         response = ids[len(whole_prompt) :]
         while response and response[-1] not in ends:  # templates add a line break after the end
             response.pop()
-        if ids[: len(whole_prompt)] != whole_prompt or len(response) < 2:
-            wrong = "does not follow the prompt's own tokens, or has none, or no end; see --template_args"
+        if ids[: len(whole_prompt)] != whole_prompt or len(response) < 2:  # no more than its end
+            wrong = (
+                "has no tokens, or no end, or does not follow the prompt's own tokens; see --template_args"
+            )
             raise InputError(f"{record['id']}: response {i} {wrong}")
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
@@ -274,7 +281,7 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
             sources += [prompt_end, *range(len(rows), len(rows) + len(response) - 1)]
             owners += [b * width + i] * len(response)
             rows += [(token, position, i, b) for position, token in enumerate(response, len(prompt))]
-    rows += [(rows[0][0], 0, -1, len(examples))] * (length - len(rows))
+    rows += [(rows[0][0], 0, -1, len(examples))] * (length - len(rows))  # as one more query, if any
 
     tensor = partial(torch.tensor, device=device)
     ids, position, response, query = tensor(rows).T.contiguous()
@@ -312,7 +319,10 @@ def flex_mask(query: Tensor, response: Tensor) -> BlockMask:
 def pack_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d)."""
+    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d).
+
+    transformers calls it in each layer, without a mask of its own; `hidden_states` gives it the pack's.
+    """
     if settings.get("s_aux") is not None or settings.get("softcap") is not None:
         raise ValueError("packs know neither attention sinks nor soft caps")
     masks = settings["pack_mask"]
@@ -340,7 +350,7 @@ def hidden_states(decoder: PreTrainedModel, pack: Pack) -> Tensor:
     return decoder(**inputs, **masks, use_cache=False).last_hidden_state[0]
 
 
-MAX_LOGITS = 2**25  # that exist at a time: 128 MiB in float32, and a few copies of it
+MAX_LOGITS = 2**25  # so many exist at a time: 128 MiB in float32, and a few copies of it
 
 
 class Policy(nn.Module):
@@ -369,7 +379,7 @@ class Policy(nn.Module):
         chunks = zip(hidden.split(rows), pack.targets.split(rows), strict=True)
         token_logps = torch.cat([run(*chunk) for chunk in chunks])  # (M,)
         sum_logps = token_logps.new_zeros(pack.lengths.numel()).index_add(0, pack.owners, token_logps)
-        return sum_logps.view_as(pack.lengths).clone()  # FSDP hooks onto outputs, which must not be views
+        return sum_logps.view_as(pack.lengths).clone()  # FSDP puts hooks on outputs, and views take none
 
     def forward_alone(self, prompt_ids: list[int], response_ids: list[int]) -> Tensor:
         """The same for one response, computed by transformers alone: what a pack must reproduce."""
@@ -391,7 +401,7 @@ def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def rescore(rewards: Tensor, min_reward_gap: float, use_gate: bool = True) -> tuple[Tensor, Tensor]:
-    """Section 2.1, which pairs and which queries train: rewards (B, l) -> keep (B, l, l), gate (B,), bool."""
+    """Which pairs train, and which queries are imitated (Section 2.1): (B, l) -> bool (B, l, l), (B,)."""
     gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
     keep = (gap > min_reward_gap).triu(1)  # 1 - k of Eq. 5, for i < j; never with NaN
     gate = (rewards[:, 0] > 0) | (not use_gate)  # 1 - lambda of Eq. 7
@@ -437,7 +447,7 @@ def clha_loss(
 
 
 def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor) -> dict[str, Tensor]:
-    """What is logged besides the losses, each (B,); docs/metrics.md explains them."""
+    """What is logged besides the losses, (B,) each; chosen is the best response by reward, not by people."""
     present = rewards.isfinite()  # (B, l)
     pairs = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, l, l)
     right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
@@ -484,11 +494,11 @@ def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -
     if tokenizer.eos_token_id is None or max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
         raise InputError(f"{path}: the tokenizer has no EOS, or tokens beyond the {known} of the model")
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        # transformers 5 makes such a tokenizer of a bare tokenizer.model, with wrong merges too
+        # transformers 5 builds such a tokenizer from a bare tokenizer.model, and it merges wrongly, too
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
     if template != "auto":
         tokenizer.chat_template = None if template == "hh" else Path(template).read_text(encoding="utf-8")
-    if template_args and tokenizer.chat_template:  # inside the template they go wherever it goes
+    if template_args and tokenizer.chat_template:  # as a part of the template they go into final/ with it
         tokenizer.chat_template = f"{{%- set {template_args} %}}{tokenizer.get_chat_template()}"
     return tokenizer
 
@@ -505,11 +515,14 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
         model.add_adapter(LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
-EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy chooses another for its packs
+EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy sets another attention for packs
 
 
 def build_policy(model_config: PretrainedConfig, config: Config, device: torch.device) -> Policy:
-    """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype."""
+    """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype.
+
+    Weights that do not train are kept in config.dtype, as no small update can get lost in them.
+    """
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(model_config, **EAGER))
         add_adapters(policy.model, config)
@@ -527,8 +540,9 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
             if config.activation_checkpointing == "full":  # its backward pass recomputes it from its input
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # Embedding and LM head may share weights, so the rest is one unit. It too is resharded after a forward
-    # pass: where no backward pass follows, the optimizer and checkpoints would see its gathered copy.
+    # Embedding and LM head may share weights, so the rest is one unit. FSDP would leave it gathered after a
+    # forward pass; where no backward pass follows, as in evaluation, optimizer and checkpoints would then see
+    # the gathered copy. So it is resharded like the layers.
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     register_fsdp_forward_method(policy, "forward_alone")
     policy.to_empty(device=device)
@@ -537,7 +551,7 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
 
 
 def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
-    """The model of --model, and a hash of it: rank 0 reads it and sends the other processes their shards."""
+    """The model of --model, and a hash of it: rank 0 reads both and sends the others their shards."""
     weights = {}
     model_config = load(transformers.AutoConfig, config.model)
     digest = xxhash.xxh3_128(model_config.to_json_string().encode())
@@ -565,22 +579,23 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats per token; rounding makes
 
 def check_policy(policy: Policy, example: Example, longest: int, dtype: str, length: int = 0) -> None:
     """Raises InputError for a model that gets packs wrong, or takes no text of `longest` tokens."""
-    # A query in a pack is compared with its responses alone, in 1 + l forward passes. They reveal attention
-    # that reads past the mask, layers that carry a state from response to response, scaled logits, and NaN.
+    # A query that follows another in a pack is compared with its responses alone, in 1 + l forward passes.
+    # They reveal attention that reads past the mask, layers that carry a state along, scaled logits, and NaN.
     kind = policy.model.config.model_type
     for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
         most = getattr(policy.model.config.get_text_config(), name, None)
         if most and most < longest:
             raise InputError(f"{kind}: a text of {longest} tokens is longer than {name}, {most}")
-    batch = pack([example], policy.model.device, length)
+    other = example | {"prompt_ids": example["prompt_ids"][::-1]}
+    batch = pack([other, example], policy.model.device, length)
     try:
         with torch.no_grad():
-            packed = policy.eval()(batch)[0]
+            packed = policy.eval()(batch)[1]
             rows = [policy.forward_alone(example["prompt_ids"], ids) for ids in example["response_ids"]]
     except Exception as error:
         raise InputError(f"{kind}: not supported ({type(error).__name__}: {reason(error)})") from error
     policy.train()
-    lengths = batch.lengths[0].clamp(min=16)  # in a few tokens rounding does not average out
+    lengths = batch.lengths[1].clamp(min=16)  # in a few tokens rounding does not average out
     off = ((packed - torch.stack(rows)) / lengths).abs().max().item()
     if not off <= TOLERANCE[dtype]:
         raise InputError(f"{kind}: not supported: log-probs in a pack are {off:.2g} nats per token off")
@@ -596,7 +611,7 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         add_adapters(model, config)
 
     def write() -> None:
-        if path.exists():  # saved before the run was killed
+        if path.exists():  # this run saved it before it was killed, and got here again
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
@@ -612,8 +627,8 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
 
 
 # 8. Checkpoints ---------------------------------------------------------------------------------------------
-# OUTPUT_DIR/checkpoints/step-N has all that the next step depends on, in sharded safetensors. A folder of
-# that name is whole; the newest two are kept.
+# OUTPUT_DIR/checkpoints/step-N has weights and AdamW's moments, in sharded safetensors; learning rate, data
+# order and seeds follow from N. A folder of that name is whole. The newest two are kept.
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -629,7 +644,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def state_tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights that train, and AdamW's moments of them, by name."""
+    """The weights that train, and AdamW's moments of them if it has any yet, by name."""
     state = {}
     for name, weight in policy.model.named_parameters():
         if weight.requires_grad:
@@ -678,7 +693,7 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
             raise InputError(f"{path}: of another run ({told}); choose another --output_dir")
 
     on_first_process(check)
-    dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, to load into
+    dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments: until now it has none
     dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return int(path.name[5:])
 
@@ -687,9 +702,9 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 REWARDS = ("rewards",)
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a run that gets one of them is saved
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # at one of them a run saves a checkpoint and ends
 MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
-FREE = {  # settings that may change when a run resumes: no step depends on them, but for rounding
+FREE = {  # settings that may change when a run resumes. Data and model count by content, not by name
     *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
     *("pack_tokens", "activation_checkpointing", "replicate", "tracker"),
 }
@@ -699,7 +714,7 @@ def load_examples(
     path: str, tokenizer: Tokenizer, config: Config, fields: tuple[str, ...] = REWARDS, ranked: bool = True
 ) -> datasets.Dataset:
     """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`."""
-    # One process tokenizes them, once, while the others wait for its lock; all map the result from disk.
+    # One process tokenizes them, once, while the others wait for the lock of `datasets`; all map the result.
     cache = config.token_cache or f"{config.output_dir}/tokens"
     content = file_hash(path)
 
@@ -771,7 +786,7 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
 
 
 def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group: int = 1) -> int:
-    """The most tokens of a pack, in tiles of 128: those of the fullest step, spread evenly, and 5 % more."""
+    """The tokens of a pack, in tiles of 128: the fullest step's, spread evenly over packs, and 5 % more."""
     steps = [sum(sizes[i] for i in indices) for indices in order]
     fullest = max(steps) / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
@@ -787,7 +802,8 @@ def make_packs(
     packs = []
     for indices in balance(sizes, limit, dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]:
         members = [example for i in sorted(indices) for example in groups[i]]
-        made = pack(members or groups[0], device, limit if fill else 0)  # if empty, only to keep step
+        # A process without queries makes a pass too, as FSDP's processes work together; its share is 0.
+        made = pack(members or groups[0], device, limit if fill else 0)
         made.share = len(members) / len(examples)
         packs.append(made)
     return packs
@@ -804,7 +820,7 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> 
             loss, metrics = loss_fn(mean_logps(sum_logps, batch.lengths), sum_logps, **batch.values)
         if train:  # FSDP averages gradients over the processes, and this is to be their sum
             (loss * batch.share * dist.get_world_size()).backward()
-        metrics = {"loss": loss.detach()} | metrics
+        metrics = {"loss": loss.detach()} | metrics  # which need not have it
         totals = {name: totals.get(name, 0) + value * batch.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
@@ -822,7 +838,8 @@ def train(
 
     Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics, 0-d
     tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
-    `load_examples`, `group` at `make_packs`. Raises InputError for settings, data or a model that are wrong.
+    `load_examples`; `group` consecutive queries stay in one pack, for a loss over several, as released.
+    Raises InputError for settings, data or a model that are wrong.
     """
     process, processes, device = init_process()
     config = settle(config, device)
@@ -848,7 +865,8 @@ def train(
         dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
         fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
         packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
-        probe = examples[sorted(range(len(examples)), key=lambda i: lengths[i])[len(examples) // 2]]
+        by_length = sorted(range(len(examples)), key=lambda i: lengths[i])
+        probe = examples[by_length[len(examples) // 2]]
         check_policy(policy, probe, max(lengths), config.dtype, limit if fill else 0)
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
         optimizer = adamw(policy.parameters(), config.learning_rate)
@@ -858,7 +876,7 @@ def train(
         identity["tokens"] = [file_hash(file["filename"]) for file in examples.cache_files]
         newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
         done = restore(newest[0], policy, optimizer, identity) if newest else 0
-        for _ in range(done):
+        for _ in range(done):  # once for each step, as below
             schedule.step()
         log = output / "metrics.jsonl"
         if process == 0:
@@ -869,15 +887,16 @@ def train(
             print(f"prompt  {tokenizer.decode(probe['prompt_ids'])!r}")
             print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
             size = policy.model.num_parameters(only_trainable=True)
-            number = f"{median_low(counts)} responses (at most {max(counts)})"
-            print(f"train   {size:,} parameters, checkpoints of {12 * size / 1e9:,.3g} GB, three at a time")
-            print(f"train   {len(examples):,} queries of {number}, alpha {config.alpha:g}")
+            responses = f"{median_low(counts)} responses (at most {max(counts)})"
+            disk = f"{12 * size / 1e9:,.3g} GB, two kept and one being written"
+            print(f"train   {size:,} parameters; a checkpoint takes {disk}")
+            print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
             track = start_tracker(config)
-        signals = []  # they wait for the end of a step
+        signals = []  # held until the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))
-        skipped = 0  # steps in a row
+        skipped = 0  # so many steps in a row were not finite
         bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
         for step, indices in enumerate(bar, done + 1):
             start = time.perf_counter()
@@ -914,14 +933,15 @@ def train(
                     left = timedelta(seconds=round(seconds * (len(order) - step)))
                     said = f"loss {metrics['loss']:.4f}, {rate}, {left} left"
                     print(f"step    {step:,} of {len(order):,}, {said}", flush=True)
-            if skipped == MAX_SKIPPED or (skipped and last and not optimizer.state):
+            stepped = bool(optimizer.state)  # empty until AdamW's first step
+            if skipped == MAX_SKIPPED or (skipped and last and not stepped):
                 raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
             if config.save_every and step % config.save_every == 0:
                 save_model(policy, tokenizer, output / f"step-{step}", config)
             stop = torch.tensor(max(signals, default=0), device=device)
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop at the same step, or none
             due = config.checkpoint_every and step % config.checkpoint_every == 0 and not skipped
-            if optimizer.state and (due or stop):
+            if stepped and (due or stop):
                 path = output / "checkpoints" / f"step-{step}"
                 save_checkpoint(path, state_tensors(policy, optimizer), identity)
             if stop and not last:
@@ -963,7 +983,7 @@ def reason(error: BaseException) -> str:
 
 
 def on_first_process(work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, on every process; its error too, so that all of them stop."""
+    """Runs `work` on rank 0; returns its result, or raises its error, on every process."""
     outcome = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -1086,8 +1106,9 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
         return f'"chosen" must be the index of a response, 0 to {len(texts) - 1}'
     if not isinstance(record.get("id", ""), str | int) or not isinstance(record.get("subset", ""), str):
         return '"id" must be a text or an integer, and "subset" a text'
-    for name in {*need} - record.keys():
-        return f'no "{name}"' + "; `python reward.py score` adds them" * (name == "rewards")
+    missing = {*need} - record.keys()
+    if missing:
+        return f'no "{min(missing)}"; `python reward.py score` adds rewards'
     for name in {"rewards", *need} & record.keys() - {"chosen"}:
         numbers = record[name] if isinstance(record[name], list) else []
         finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
