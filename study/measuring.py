@@ -1,0 +1,107 @@
+"""How noisy is the end of a run? Section 1 of docs/study/protocol.md, before anything is tuned.
+
+    python -m study.measuring --out out/measuring --seeds 50 51 52 53      adds rows to docs/study/measuring.jsonl
+
+Four methods, a constant and a cosine rate, two orders of the same data: dev gold of the last four checkpoints,
+ten steps apart, and of the mean of their weights. What is finished is not repeated; prints a Markdown table.
+"""
+
+import contextlib
+import io
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clha
+import evaluate
+import reward
+from clha import Record
+from study import baselines, run, toy
+
+METHODS = ("CLHA", "PRO", "SFT", "DPO")
+SCHEDULES = ("constant_with_warmup", "cosine")
+ORDERS = (0, 1)
+STEPS = (50, 60, 70, 80)
+ROWS = Path(__file__).parents[1] / "docs" / "study" / "measuring.jsonl"
+
+
+def gold(model: Any, tokenizer: clha.Tokenizer, records: list[Record]) -> float:
+    """Mean true reward of greedy responses to the prompts of these records."""
+    prompts = [record["prompt"] for record in records]
+    responses = evaluate.generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=64)
+    return statistics.mean(map(toy.gold, prompts, responses))
+
+
+def measure(world: run.World, method: str, schedule: str, order: int, seed: int) -> Record:
+    """A run, and dev gold of its last checkpoints ("step-N") and of the mean of their weights ("average")."""
+    settings = dict(run.methods(world.length)[method])
+    objective = settings.pop("objective")
+    out = world.folder / f"{method} {schedule} {order}"
+    paths = map(str, (world.base, run.data_for(objective, world, world.train_data), out))
+    settings |= world.settings | {"lr_schedule": schedule, "seed": seed + 1000 * order, "save_every": 10}
+    if objective == "clha":
+        run.train(clha.Config(*paths, **settings))
+    else:
+        run.train(baselines.BaselineConfig(*paths, objective=objective, **settings))
+    records = reward.read_records(world.dev_data)
+    row: Record = {"seed": seed, "method": method, "schedule": schedule, "order": order}
+    sums: dict[str, torch.Tensor] = {}
+    for step in STEPS:
+        model, tokenizer = evaluate.load(str(out / f"step-{step}"), torch.device("cpu"))
+        row[f"step-{step}"] = gold(model, tokenizer, records)
+        for name, weight in model.state_dict().items():
+            sums[name] = sums.get(name, 0) + weight
+    model.load_state_dict({name: total / len(STEPS) for name, total in sums.items()})
+    return row | {"average": gold(model, tokenizer, records)}
+
+
+def table(rows: list[Record]) -> str:
+    """Standard deviations of dev gold: between two orders of the data, and among the last four checkpoints."""
+    ways = {
+        "constant rate, last step": ("constant_with_warmup", "step-80"),
+        "cosine rate, last step": ("cosine", "step-80"),
+        "constant rate, mean of weights": ("constant_with_warmup", "average"),
+        "cosine rate, mean of weights": ("cosine", "average"),
+    }
+    lines = [["way", *METHODS, "mean", "among checkpoints", "mean dev gold"]]
+    for way, (schedule, name) in ways.items():
+        own = [row for row in rows if row["schedule"] == schedule]
+        spreads = []
+        for method in METHODS:
+            by_seed: dict[int, list[float]] = {}
+            for row in own:
+                if row["method"] == method:
+                    by_seed.setdefault(row["seed"], []).append(row[name])
+            variances = [statistics.variance(pair) for pair in by_seed.values() if len(pair) > 1]
+            spreads.append(statistics.mean(variances) ** 0.5)
+        within = statistics.mean(statistics.variance(row[f"step-{n}"] for n in STEPS) for row in own) ** 0.5
+        level = statistics.mean(row[name] for row in own)
+        cells = [*spreads, statistics.mean(spreads), within, level]
+        lines.append([way, *(f"{cell:.2f}" for cell in cells)])
+    return evaluate.markdown(lines)
+
+
+def main() -> None:
+    """Measures what is not measured yet."""
+    parser = reward.Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/measuring"), help="folder for the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[50, 51, 52, 53], help="a world each")
+    args = parser.parse_args()
+    rows = [row for _, row in clha.read_jsonl(ROWS)] if ROWS.exists() else []
+    done = {(row["seed"], row["method"], row["schedule"], row["order"]) for row in rows}
+    for seed in args.seeds:
+        todo = [way for way in itertools.product(METHODS, SCHEDULES, ORDERS) if (seed, *way) not in done]
+        with contextlib.redirect_stdout(io.StringIO()):  # what each run prints
+            for way in todo:
+                world = run.toy_world(args.out, seed, run.NOISE, 2)
+                row = measure(world, *way, seed)
+                reward.append_jsonl(ROWS, [row])
+                rows.append(row)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    clha.run(main)
