@@ -1,9 +1,10 @@
 """How noisy is the end of a run? Section 1 of docs/study/protocol.md, before anything is tuned.
 
-    python -m study.measuring --out out/measuring --seeds 50 51 52 53      adds rows to docs/study/measuring.jsonl
+    python -m study.measuring --out out/measuring --seeds 50 51 52 53   adds rows to docs/study/measuring.jsonl
 
-Four methods, a constant and a cosine rate, two orders of the same data: dev gold of the last four checkpoints,
-ten steps apart, and of the mean of their weights. What is finished is not repeated; prints a Markdown table.
+Four methods, a constant and a cosine rate, two orders of the same data: dev gold of the last four
+checkpoints, ten steps apart, and of the mean of their weights. What is finished is not repeated; prints a
+Markdown table.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def gold(model: Any, tokenizer: clha.Tokenizer, records: list[Record]) -> float:
 
 
 def measure(world: run.World, method: str, schedule: str, order: int, seed: int) -> Record:
-    """A run, and dev gold of its last checkpoints ("step-N") and of the mean of their weights ("average")."""
+    """Dev gold of a run's last checkpoints ("step-N") and of the mean of their weights ("average")."""
     settings = dict(run.methods(world.length)[method])
     objective = settings.pop("objective")
     out = world.folder / f"{method} {schedule} {order}"
