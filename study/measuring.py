@@ -1,6 +1,6 @@
 """How noisy is the end of a run? Section 1 of docs/study/protocol.md, before anything is tuned.
 
-    python -m study.measuring --out out/measuring --seeds 50 51 52 53   adds rows to docs/study/measuring.jsonl
+    python -m study.measuring --out out/measuring --seeds 50 51 52 53  adds rows to docs/study/measuring.jsonl
 
 Four methods, a constant and a cosine rate, two orders of the same data: dev gold of the last four
 checkpoints, ten steps apart, and of the mean of their weights. What is finished is not repeated; prints a
@@ -60,7 +60,7 @@ def measure(world: run.World, method: str, schedule: str, order: int, seed: int)
 
 
 def table(rows: list[Record]) -> str:
-    """Standard deviations of dev gold: between two orders of the data, and among the last four checkpoints."""
+    """Deviations of dev gold: between two orders of the data, and among the last four checkpoints."""
     ways = {
         "constant rate, last step": ("constant_with_warmup", "step-80"),
         "cosine rate, last step": ("cosine", "step-80"),
