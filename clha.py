@@ -94,7 +94,9 @@ class Config:
     template: str = option("auto", "auto: the model's chat template, else hh; hh: as in HH-RLHF; or a file")
     template_args: str = option("", "what the template is given, such as enable_thinking=false")
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
-    max_prompt_length: int = option(384, "tokens of a prompt; the beginning is cut (release: 384)")
+    max_prompt_length: int = option(
+        384, "tokens of a prompt; the beginning is cut, of a chat whole turns (384)"
+    )
     # Optimization
     lora_rank: int = option(
         0, "train only adapters of this rank, on all linear layers (LoRA); 0: all weights"
@@ -108,7 +110,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
-    seed: int = option(42, "of dropout, LoRA, and the order of the data, the same for any processes")
+    seed: int = option(42, "of LoRA and the order of the data, for any number of processes; of dropout")
     # Speed and memory: none of these changes a result by more than rounding
     pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
@@ -142,7 +144,9 @@ def rank(record: Record) -> Record:
     for name, values in record.items():
         if isinstance(values, list) and len(values) == len(order) and name != "prompt":
             ranked[name] = [values[i] for i in order]
-    return ranked | {"chosen": order.index(record.get("chosen", 0))}
+    return ranked | {
+        "chosen": order.index(record.get("chosen", 0))
+    }  # for other programs; training ignores it
 
 
 # 3. Tokens --------------------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
         wrong = f"the chat template does not take {turns[:2]} ({reason(error)})"
         raise InputError(f"{tokenizer.name_or_path}: {wrong}") from error
     ids = []
-    # If there is a mark, what stands between the template's special tokens is tokenized by itself.
+    # If there is a mark, the text is cut at the template's own; a piece with marks has no special token.
     for part in re.split(f"({special})", text) if MARK in text else [text]:
         plain = part.replace(MARK, "")
         ids += ids_of(plain, add_special_tokens=False, split_special_tokens=MARK in part).input_ids
@@ -191,7 +195,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
-    """The newest turns of a chat, and its system turn, in `limit` ids; [] if the last does not fit."""
+    """The newest turns of a chat, and its system turn, in `limit` ids; [] if no user turn fits."""
     if not tokenizer.chat_template:  # HH text is cut by ids instead
         return turns
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
@@ -203,7 +207,7 @@ def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Tu
 
 
 def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
-    """The last `limit` ids of a prompt, BOS kept. Ids are cut, not text, which leaves the rest the same."""
+    """The last `limit` ids of a prompt, BOS kept. Cutting ids, not text, leaves the others as they are."""
     kept = ids[-limit:]
     if ids[:1] == [bos]:
         kept[0] = bos
@@ -211,7 +215,7 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | None:
-    """A record as `prompt_ids` and `response_ids`; None for a chat whose last turn is too long by itself.
+    """A record as `prompt_ids` and `response_ids`; None for a chat whose last user turn is too long.
 
     Raises InputError for a response that has no ids, or whose ids do not follow those of the prompt.
     """
@@ -228,15 +232,14 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
         response = ids[len(whole_prompt) :]
         while response and response[-1] not in ends:  # templates add a line break after the end
             response.pop()
-        if ids[: len(whole_prompt)] != whole_prompt or len(response) < 2:  # no more than its end
-            wrong = (
-                "has no tokens, or no end, or does not follow the prompt's own tokens; see --template_args"
-            )
-            raise InputError(f"{record['id']}: response {i} {wrong}")
+        if ids[: len(whole_prompt)] != whole_prompt:
+            raise InputError(f"response {i}: its dialogue does not begin as its prompt; see --template_args")
+        if len(response) < 2:
+            raise InputError(f"response {i}: has no tokens, or no token that ends it")
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
     size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record["id"]} | size
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record.get("id", "")} | size
 
 
 # 4. Packs ---------------------------------------------------------------------------------------------------
@@ -496,10 +499,18 @@ def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         # transformers 5 builds such a tokenizer from a bare tokenizer.model, and it merges wrongly, too
         raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
-    if template != "auto":
-        tokenizer.chat_template = None if template == "hh" else Path(template).read_text(encoding="utf-8")
-    if template_args and tokenizer.chat_template:  # as a part of the template they go into final/ with it
-        tokenizer.chat_template = f"{{%- set {template_args} %}}{tokenizer.get_chat_template()}"
+    if template == "hh":
+        tokenizer.chat_template = None
+    elif template != "auto":
+        if not Path(template).is_file():
+            raise InputError(f"--template {template}: neither auto nor hh nor a file")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    if template_args:  # as a part of the template they go into final/ with it
+        text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        name = template_args.partition("=")[0].strip()
+        if "=" not in template_args or not re.search(rf"\b{re.escape(name)}\b", text):
+            raise InputError(f"--template_args {template_args}: not NAME=VALUE with a name of the template")
+        tokenizer.chat_template = f"{{%- set {template_args} %}}{text}"
     return tokenizer
 
 
@@ -521,7 +532,7 @@ EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy set
 def build_policy(model_config: PretrainedConfig, config: Config, device: torch.device) -> Policy:
     """A causal LM without values yet: fp32 weights, sharded over all processes, computing in config.dtype.
 
-    Weights that do not train are kept in config.dtype, as no small update can get lost in them.
+    Weights that do not train are kept in config.dtype: they get no updates that rounding could swallow.
     """
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(model_config, **EAGER))
@@ -551,7 +562,7 @@ def build_policy(model_config: PretrainedConfig, config: Config, device: torch.d
 
 
 def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
-    """The model of --model, and a hash of it: rank 0 reads both and sends the others their shards."""
+    """The model of --model, and a hash of it: rank 0 reads its weights and sends the others their shards."""
     weights = {}
     model_config = load(transformers.AutoConfig, config.model)
     digest = xxhash.xxh3_128(model_config.to_json_string().encode())
@@ -585,7 +596,7 @@ def check_policy(policy: Policy, example: Example, longest: int, dtype: str, len
     for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
         most = getattr(policy.model.config.get_text_config(), name, None)
         if most and most < longest:
-            raise InputError(f"{kind}: a text of {longest} tokens is longer than {name}, {most}")
+            raise InputError(f"{kind}: a text has {longest} tokens, over {name} {most}; see --max_length")
     other = example | {"prompt_ids": example["prompt_ids"][::-1]}
     batch = pack([other, example], policy.model.device, length)
     try:
@@ -628,11 +639,11 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
 
 # 8. Checkpoints ---------------------------------------------------------------------------------------------
 # OUTPUT_DIR/checkpoints/step-N has weights and AdamW's moments, in sharded safetensors; learning rate, data
-# order and seeds follow from N. A folder of that name is whole. The newest two are kept.
+# order and seeds follow from N. A folder of that name is complete. The newest two are kept.
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first."""
+    """The complete checkpoints of a folder, oldest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -704,7 +715,9 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 REWARDS = ("rewards",)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # at one of them a run saves a checkpoint and ends
 MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
-FREE = {  # settings that may change when a run resumes. Data and model count by content, not by name
+# What may change when a run resumes, as may the number of processes. Training data and model may have another
+# name, but not another content: `identity` in `train`.
+FREE = {
     *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
     *("pack_tokens", "activation_checkpointing", "replicate", "tracker"),
 }
@@ -714,20 +727,28 @@ def load_examples(
     path: str, tokenizer: Tokenizer, config: Config, fields: tuple[str, ...] = REWARDS, ranked: bool = True
 ) -> datasets.Dataset:
     """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`."""
-    # One process tokenizes them, once, while the others wait for the lock of `datasets`; all map the result.
+    # One process tokenizes them, once, while the others wait for its lock; all memory-map the result.
     cache = config.token_cache or f"{config.output_dir}/tokens"
     content = file_hash(path)
 
     def tokenize() -> Iterator[Example]:
+        kept = 0
         left_out = 0
         for record in iter_records(path, fields):
             record = rank(record) if ranked else record
-            example = encode(record, tokenizer, config)
+            try:
+                example = encode(record, tokenizer, config)
+            except InputError as error:
+                raise InputError(f"{path}, {record['id']}: {error}") from error
             if example:
                 yield example | {name: [*map(float, record[name])] for name in fields}
+            kept += bool(example)
             left_out += not example
+        wrong = f"{left_out} queries have system and last turns of over --max_prompt_length tokens"
+        if not kept:
+            raise InputError(f"{path}: nothing is left; {wrong}")
         if left_out:
-            print(f"warning {path}: {left_out} queries left out, whose last turn is over --max_prompt_length")
+            print(f"warning {path}: {wrong}, and are left out")
         if file_hash(path) != content:
             raise InputError(f"{path}: changed while it was read")
 
@@ -749,7 +770,7 @@ def check_rewards(rewards: list[list[float]], config: Config) -> None:
     opened = sum(row[0] > 0 for row in rewards) / len(rewards)
     if kept < 0.01:
         print(f"warning --min_reward_gap {config.min_reward_gap:g} keeps {kept:.2%} of the pairs")
-    if config.gate and not 0.01 <= opened <= 0.99 and len(rewards) >= 100:
+    if config.gate and not 0.01 <= opened <= 0.99 and (len(rewards) >= 100 or not opened):
         print(f"warning --gate is open for {opened:.2%} of the queries: their best rewards are above 0")
 
 
@@ -836,9 +857,9 @@ def train(
 ) -> None:
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
-    Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics, 0-d
+    Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics: 0-d
     tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
-    `load_examples`; `group` consecutive queries stay in one pack, for a loss over several, as released.
+    `load_examples`; `group` consecutive queries share a pack, for a loss over several; CLHA's needs none.
     Raises InputError for settings, data or a model that are wrong.
     """
     process, processes, device = init_process()

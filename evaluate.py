@@ -58,8 +58,13 @@ def cut_response(text: str, stop_strings: tuple[str, ...] = STOP_STRINGS) -> str
     return text.strip()
 
 
+def generate(*args: Any, **settings: Any) -> list[str]:
+    """The texts of `sample`, which takes the same arguments."""
+    return [row["response"] for row in sample(*args, **settings)]
+
+
 @torch.inference_mode()
-def generate(
+def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[Turn]],
@@ -71,12 +76,13 @@ def generate(
     response_prefix: str = "",
     stop_strings: tuple[str, ...] = (),
     static: bool | None = None,
-) -> list[str]:
-    """Responses to the prompts, in their order, generated in batches of similar length.
+) -> list[Record]:
+    """A {"response", "finished"} for each prompt, in their order, generated in batches of similar length.
 
     Greedy at temperature 0, else sampled from the whole distribution with torch's random state; the model's
     own generation_config is ignored. The model continues `response_prefix`, which the responses leave out.
-    They end with EOS, with what ends a turn in the chat template, or, in HH text, at STOP_STRINGS.
+    They end with EOS, with what ends a turn in the chat template, or, in HH text, at STOP_STRINGS; one that
+    has max_new_tokens before that is not finished.
 
     With `static` (the default on a GPU) every batch has one shape, batch_size rows of max_prompt_length
     tokens, and the cache has its full size: transformers compiles the decoding step once and replays it.
@@ -85,8 +91,9 @@ def generate(
         return []
     if static is None:
         static = model.device.type == "cuda"
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_ids(tokenizer)}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, **ends)
+    ends = end_ids(tokenizer)
+    stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, **stops)
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     if static:
@@ -95,7 +102,7 @@ def generate(
         stop_strings = (*STOP_STRINGS, *stop_strings)
     ids = [prompt_ids(prompt, response_prefix, tokenizer, max_prompt_length) for prompt in prompts]
     longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    responses = [""] * len(ids)
+    responses: list[Record] = [{}] * len(ids)
     inherited = model.generation_config
     model.generation_config = GenerationConfig()  # or transformers would fill in from it what we leave unset
     try:
@@ -109,20 +116,21 @@ def generate(
             left = {"padding": "max_length", "max_length": width, "padding_side": "left"}
             inputs = tokenizer.pad({"input_ids": rows}, **left, return_tensors="pt").to(model.device)
             output = model.generate(**inputs, generation_config=settings)
-            texts = tokenizer.batch_decode(output[: len(part), width:], skip_special_tokens=True)
-            for i, text in zip(part, texts, strict=True):
-                responses[i] = cut_response(text, stop_strings)
+            for i, new in zip(part, output[: len(part), width:].tolist(), strict=True):
+                text = tokenizer.decode(new, skip_special_tokens=True)
+                ended = not ends.isdisjoint(new) or any(stop in text for stop in stop_strings)
+                responses[i] = {"response": cut_response(text, stop_strings), "finished": ended}
     finally:
         model.generation_config = inherited
     return responses
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """What ends a response: EOS, and the last special token of a dialogue in the chat template."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
     special = clha.special_tokens(tokenizer)
     ends = [i for i in clha.dialogue_ids(turns, tokenizer) if i in special]
-    return sorted({tokenizer.eos_token_id, *ends[-1:]})
+    return {tokenizer.eos_token_id, *ends[-1:]}
 
 
 def prompt_ids(
@@ -133,7 +141,8 @@ def prompt_ids(
         turns = [*turns, {"role": "assistant", "content": response_prefix}]
     kept = clha.recent_turns(turns, tokenizer, limit)
     if not kept:
-        raise InputError(f"--max_prompt_length {limit}: the last turn is longer: {turns[-1]['content'][:60]}")
+        wrong = "too few tokens for the system turn and the last turn of a chat"
+        raise InputError(f"--max_prompt_length {limit}: {wrong}: {turns[-1]['content'][:60]}")
     ids = clha.dialogue_ids(kept, tokenizer)
     if response_prefix:  # without the end of the turn
         ids = ids[: max(i for i, token in enumerate(ids) if token in clha.special_tokens(tokenizer))]
@@ -170,7 +179,7 @@ def write_responses(
     template_args: str = "",
     **options: Any,
 ) -> None:
-    """Writes `num_responses` lines {"id", "response"} per record; `options` are those of `generate`.
+    """Writes `num_responses` lines {"id", "response", "finished"} per record; `options` are of `sample`.
 
     All processes share the work. Each part has a seed of its own, so that samples do not depend on where it
     was interrupted and resumed.
@@ -184,12 +193,16 @@ def write_responses(
     def work(share: list[Record], start: int) -> list[Record]:
         torch.manual_seed(seed + start + rank)
         prompts = [item["prompt"] for item in share]
-        responses = generate(model, tokenizer, prompts, batch_size=batch_size, **options)
-        pairs = zip(share, responses, strict=True)
-        return [{"id": item["id"], "response": response} for item, response in pairs]
+        rows = sample(model, tokenizer, prompts, batch_size=batch_size, **options)
+        return [{"id": item["id"]} | row for item, row in zip(share, rows, strict=True)]
 
     settings = [reward.fingerprint(path), tokenizer.chat_template, options, batch_size, seed]
     reward.write_in_parts(out, items, settings, work, 4 * batch_size * processes, f"generate {out.name}")
+    if rank == 0:
+        rows = [row for _, row in clha.read_jsonl(out)]
+        empty = sum(not row["response"] for row in rows)
+        cut = sum(not row["finished"] for row in rows)
+        print(f"{len(rows):,} responses in {out}: {empty:,} empty, {cut:,} not finished (--max_new_tokens)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -486,8 +499,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 CARD = """---
-base_model: {model}
-library_name: {library}
+{base}library_name: {library}
 tags: [clha, preference-alignment]
 ---
 # {name}
@@ -514,11 +526,15 @@ def model_card(run: Path, folder: str) -> str:
     if not rows or not (run / "final").is_dir():
         raise InputError(f"{run}: not a finished run of clha.py, with metrics.jsonl and final/")
     chat = AutoTokenizer.from_pretrained(run / "final").chat_template
-    shown = [[name, f"{value:.4g}"] for name, value in rows[-1].items() if type(value) is float]
+    clocks = ("seconds", "tokens_per_second")
+    last = {name: value for name, value in rows[-1].items() if type(value) is float and name not in clocks}
+    shown = [[name, f"{value:.4g}"] for name, value in last.items()]
     words = {"model", "train_data", "dev_data", "output_dir", "token_cache"}
     settings = [[name, str(value)] for name, value in config.items() if name not in words]
+    is_folder = Path(config["model"]).exists()
     return CARD.format(
-        model=model_name(config["model"]) if Path(config["model"]).exists() else config["model"],
+        base="" if is_folder else f"base_model: {config['model']}\n",
+        model=model_name(config["model"]) if is_folder else config["model"],
         library="peft" if config["lora_rank"] else "transformers",
         name=run.resolve().name,
         steps=len(rows),

@@ -391,7 +391,8 @@ def add_responses(record: Record, responses: list[str]) -> Record:
 
 
 def read_responses(path: str, records: list[Record]) -> list[list[str]]:
-    """The responses {"id", "response"} that a file has for each record: any number. Raises InputError."""
+    """The finished responses {"id", "response"} of a file to each record: any number. Raises InputError."""
+    unfinished = 0
     found: dict[str, list[str]] = {record["id"]: [] for record in records}
     if len(found) < len(records):
         raise InputError('--data: each record needs an "id" of its own to be given responses from a file')
@@ -400,7 +401,12 @@ def read_responses(path: str, records: list[Record]) -> list[list[str]]:
         response = row.get("response")
         if not isinstance(place, str) or place not in found or not isinstance(response, str):
             raise InputError(f'{path}, line {number}: needs a "response", and the "id" of a record')
-        found[place].append(response)
+        if row.get("finished", True):
+            found[place].append(response)
+        else:  # trained on, it would teach the model to end there
+            unfinished += 1
+    if unfinished:
+        print(f"left out {unfinished:,} responses that are not finished; see evaluate.py --max_new_tokens")
     return list(found.values())
 
 

@@ -89,7 +89,8 @@ class RewardModel:
         kind = self.model.config.model_type
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if self.head and window and max(map(len, texts)) > window:
-            raise InputError(f"{kind}: a text is longer than its sliding_window, {window}")
+            wrong = f"a text is longer than its sliding_window; choose a --max_length of at most {window}"
+            raise InputError(f"{kind}: {wrong}")
         queries = [share_prefix([texts[i] for i in group]) for group in groups]
         scores = [math.nan] * len(texts)
         passes = list(chunks([query["size"] for query in queries], self.pack_tokens))
@@ -248,17 +249,20 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     write_in_parts(out, records, settings, work, 512 * processes, "score")
 
 
-def standardized(records: list[Record], path: Path) -> list[Record]:
+def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
     """The records with (reward - mean) / deviation, by the file at `path`; if it is not there, they make it.
 
-    So training and dev data get one scale. Raises InputError for another file.
+    So training and dev data get one scale. Raises InputError for another file, or one of another model.
     """
+    print(f"scale   {'read from' if path.exists() else 'written to'} {path}")
     if not path.exists():
         rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
-        values = {"mean": rewards.mean().item(), "deviation": rewards.std().item()}
+        values = {"mean": rewards.mean().item(), "deviation": rewards.std().item(), "model": model}
         with whole(path) as unfinished:
             unfinished.write_text(json.dumps(values) + "\n")
-    scale = read_json(path, {"mean": float, "deviation": float}, "a scale of rewards")
+    scale = read_json(path, {"mean": float, "deviation": float, "model": str}, "a scale of rewards")
+    if scale["model"] != model:
+        raise InputError(f"{path}: is the scale of {scale['model']}; choose another file for {model}")
     if not 0 < scale["deviation"] < math.inf or not math.isfinite(scale["mean"]):
         raise InputError(f"{path}: no scale of rewards: {scale}")
     rows = []
@@ -662,7 +666,7 @@ def score(args: argparse.Namespace) -> None:
     write_scores(model, records, raw)
     if rank == 0:
         if args.standardize:
-            write_jsonl(args.out, standardized(read_records(raw), Path(args.standardize)))
+            write_jsonl(args.out, standardized(read_records(raw), Path(args.standardize), args.model))
             raw.unlink()
         scored = read_records(args.out)
         print(f"{summary(scored)}\n\nwritten to {args.out}")

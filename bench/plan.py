@@ -12,6 +12,7 @@ are counted with clha.py's ids, EOS included. --memory_gb and --tflops describe 
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ def memory(
     query, as on a CPU: flex_attention keeps the same, apart from the masks, which are small.
     """
     batch = clha.pack(examples)
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # FSDP does, harmlessly
     with fake_processes(shards):
         policy = clha.build_policy(model, replace(config, replicate=1), torch.device("cpu"))
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -381,16 +381,16 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
         (change_config(_attn_implementation="nobody/kernel"), "model: cannot be loaded (ImportError: "),
         (change_config(vocab_size=100), "or tokens beyond the 100 of the model"),
         (eos_beyond_the_vocabulary, "or tokens beyond the 768 of the model"),
-        (change_config(**WINDOW), "mistral: a text of 16 tokens is longer than sliding_window, 8"),
+        (change_config(**WINDOW), "mistral: a text has 16 tokens, over sliding_window 8; see --max_length"),
         (change_config(**SCALED), "granite: not supported: log-probs in a pack are "),
         (
             change_config(max_position_embeddings=8),
-            "llama: a text of 16 tokens is longer than max_position_embeddings, 8",
+            "llama: a text has 16 tokens, over max_position_embeddings 8; see --max_length",
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
         (
             normalizer_that_removes_all,
-            "response 0 has no tokens, or no end, or does not follow",
+            "response 0: has no tokens, or no token that ends it",
         ),
         (
             remove("model.safetensors"),

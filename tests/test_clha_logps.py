@@ -350,7 +350,7 @@ WRONG = {
 def test_models_whose_log_probs_would_be_wrong_are_refused(settings: dict[str, Any]) -> None:
     model = tiny(**settings)
     kind = model.config.model_type
-    with pytest.raises(clha.InputError, match=f"^{kind}: (not supported|a text of 25 tokens)") as caught:
+    with pytest.raises(clha.InputError, match=f"^{kind}: (not supported|a text has 25 tokens)") as caught:
         clha.check_policy(clha.Policy(model), CHECKED, 25, "float32")
     assert "\n" not in str(caught.value)
 

@@ -306,11 +306,11 @@ def test_samples_are_of_the_whole_distribution(
     model, tokenizer = policy
     seen = []
 
-    def decode(rows: torch.Tensor, **_: Any) -> list[str]:
-        seen.extend(rows[:, 0].tolist())
-        return [""] * len(rows)
+    def decode(new: list[int], **_: Any) -> str:
+        seen.append(new[0])
+        return ""
 
-    monkeypatch.setattr(tokenizer, "batch_decode", decode)
+    monkeypatch.setattr(tokenizer, "decode", decode)
     torch.manual_seed(0)
     settings = {"max_new_tokens": 1, "temperature": 1000.0, "batch_size": 500}
     evaluate.generate(model, tokenizer, PROMPTS[:1] * 1000, **settings)
@@ -347,19 +347,19 @@ def test_generate_goes_on_where_it_was_stopped(
     command = [*model, *flags.split(), "--out"]
     program(*command, whole)
     with pytest.MonkeyPatch.context() as monkeypatch:  # a part is four batches; the second is begun
-        interrupt(monkeypatch, evaluate, "generate", after=1)
+        interrupt(monkeypatch, evaluate, "sample", after=1)
         with pytest.raises(KeyboardInterrupt):
             program(*command, resumed)
         assert not resumed.exists()
     torch.manual_seed(99)  # as in another process
     with pytest.MonkeyPatch.context() as monkeypatch:
-        calls = interrupt(monkeypatch, evaluate, "generate", after=99)
+        calls = interrupt(monkeypatch, evaluate, "sample", after=99)
         program(*command, resumed)
     assert len(calls) == math.ceil(lines / 4) - 1
     assert resumed.read_bytes() == whole.read_bytes()
     rows = read(whole)
     assert [row["id"] for row in rows] == [f"item-{i // (lines // 11)}" for i in range(lines)]
-    assert all(list(row) == ["id", "response"] for row in rows)
+    assert all(list(row) == ["id", "response", "finished"] for row in rows)
     if flags:
         assert any(rows[i]["response"] != rows[i + 1]["response"] for i in range(0, 22, 2))
 
@@ -369,9 +369,9 @@ def test_generate_does_not_go_on_with_other_settings(
 ) -> None:
     command = ["generate", "--model", policy_folder, "--data", data, "--batch_size", 1, "--max_new_tokens", 4]
     command += ["--temperature", 1, "--out", tmp_path / "out.jsonl"]
-    calls = interrupt(monkeypatch, evaluate, "generate", after=99)
+    calls = interrupt(monkeypatch, evaluate, "sample", after=99)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, evaluate, "generate", after=1)
+        interrupt(patch, evaluate, "sample", after=1)
         with pytest.raises(KeyboardInterrupt):
             program(*command)
     outputs = set()
@@ -386,16 +386,30 @@ def test_generate_does_not_go_on_with_other_settings(
     assert len(outputs | {(tmp_path / "out.jsonl").read_bytes()}) == 3
 
 
+def test_a_response_that_is_cut_is_not_finished(policy: tuple[Any, Any]) -> None:
+    _, tokenizer = policy
+    prompt = [{"role": "user", "content": "How?"}]
+    for text, finished in (("So", False), ("So</s>", True), ("So. Human: and", True)):
+        new_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+
+        def say(input_ids: torch.Tensor, new: torch.Tensor = new_ids, **_: Any) -> torch.Tensor:
+            return torch.cat([input_ids, new], dim=1)
+
+        model = SimpleNamespace(generate=say, generation_config=None, device=torch.device("cpu"))
+        [row] = evaluate.sample(model, tokenizer, [prompt])
+        assert row["finished"] == finished and row["response"].startswith("So")
+
+
 def test_generate_passes_its_flags_on(
     policy_folder: Path, data: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
-    def generate(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
+    def sample(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[Record]:
         seen.append(settings)
-        return ["so"] * len(prompts)
+        return [{"response": "so", "finished": True}] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "sample", sample)
     command = ["generate", "--model", policy_folder, "--data", data, "--out", tmp_path / "out.jsonl"]
     program(*command)
     program(

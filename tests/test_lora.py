@@ -125,7 +125,7 @@ def test_a_model_card_says_what_was_trained_on_what(
     evaluate.main()
     card = (tmp_path / "run/final/README.md").read_text()
     [last] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1:]
-    assert card.startswith("---\nbase_model: init\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\n") and "\ninit, aligned with" in card
     assert f"| loss | {json.loads(last)['loss']:.4g} |" in card and "| lora_rank | 2 |" in card
     assert "4 steps of" in card and "queries of scored.jsonl" in card and "the text of HH-RLHF" in card
     assert str(tmp_path.parent) not in card.replace(str(tmp_path / "run/final"), "")

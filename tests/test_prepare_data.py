@@ -583,10 +583,13 @@ def test_a_third_response_from_a_file(
     first, second = queries(2)
     second["rewards"] = [1.0, 0.0]
     reward.write_jsonl(tmp_path / "two.jsonl", [first, second])
-    reward.write_jsonl(tmp_path / "more.jsonl", [{"id": "1", "response": "Ask Ann."}])
+    more = [{"id": "1", "response": "Ask Ann."}, {"id": "0", "response": "Ask Ann, or", "finished": False}]
+    reward.write_jsonl(tmp_path / "more.jsonl", more)
     flags = ["join", "--data", tmp_path / "two.jsonl", "--responses", tmp_path / "more.jsonl"]
     run(monkeypatch, *flags, "--out", tmp_path / "three.jsonl")
-    assert capsys.readouterr().out.startswith("1 of 2 responses, 1 of 3 responses; written to ")
+    left_out, counts = capsys.readouterr().out.splitlines()
+    assert left_out.startswith("left out 1 responses that are not finished")
+    assert counts.startswith("1 of 2 responses, 1 of 3 responses; written to ")
     one, two = reward.read_records(tmp_path / "three.jsonl")
     assert one == first
     assert two == queries(2)[1] | {"responses": ["a", "b", "Ask Ann."]}

@@ -259,7 +259,10 @@ def test_one_text_longer_than_the_window_is_refused_whatever_the_others_are(
     ids = list(range(5, 55))
     group = [[*ids, token] for token in range(60, 65)]  # together longer than the one text
     assert len(model.score_ids(group, [[0, 1, 2, 3, 4]])) == 5
-    with pytest.raises(InputError, match="mistral: a text is longer than its sliding_window, 64"):
+    with pytest.raises(
+        InputError,
+        match="mistral: a text is longer than its sliding_window; choose a --max_length of at most 64",
+    ):
         model.score_ids([*group, ids + ids], [[0, 1, 2, 3, 4], [5]])
 
 

@@ -126,7 +126,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused_and_can_be_given_its_arg
     record = {"id": "number 7", "prompt": turns("Why?"), "responses": ["a", "b"]}
     template = str(tmp_path / "thinking.jinja")
     thinks = clha.load_tokenizer(model, template, "think=true")
-    with pytest.raises(InputError, match=r"^number 7: response 0 .*--template_args"):
+    with pytest.raises(InputError, match=r"^response 0: its dialogue does not begin .*--template_args"):
         clha.encode(record, thinks, WIDE)
     not_now = clha.load_tokenizer(model, template, "think=false")
     assert clha.encode(record, not_now, WIDE) == clha.encode(record, clha.load_tokenizer(model), WIDE)
@@ -148,7 +148,10 @@ def test_a_chat_model_is_trained_sampled_from_and_served_in_its_template(
     reward.write_jsonl(tmp_path / "train.jsonl", found)
     train(chats[name], tmp_path / "train.jsonl", tmp_path / "run")
     out = capsys.readouterr().out
-    assert "1 queries left out" in out and f"{TEMPLATES[name][1]}'" in out.split("loss on ")[1]
+    assert (
+        "1 queries have system and last turns of over" in out
+        and f"{TEMPLATES[name][1]}'" in out.split("loss on ")[1]
+    )
     policy, tokenizer = evaluate.load(str(tmp_path / "run/final"), torch.device("cpu"))
     assert tokenizer.chat_template == TEMPLATES[name][0]
     prompt = found[0]["prompt"]
@@ -171,7 +174,7 @@ def test_a_chat_model_is_trained_sampled_from_and_served_in_its_template(
     assert seen[0].tolist() == asked
     answered = apply([*prompt, {"role": "assistant", "content": "So"}], return_dict=False)
     assert seen[1].tolist() == answered[: len(seen[1])] and tokenizer.decode(seen[1]).endswith("So")
-    with pytest.raises(InputError, match="--max_prompt_length 9: the last turn is longer"):
+    with pytest.raises(InputError, match="--max_prompt_length 9: too few tokens"):
         evaluate.generate(policy, tokenizer, [prompt], max_prompt_length=9)
 
 
@@ -197,12 +200,14 @@ def test_a_chat_reward_model_scores_what_the_template_writes(
 def test_standardized_rewards_keep_the_scale_of_the_training_file(tmp_path: Path) -> None:
     train_data = [{"rewards": [1.0, 3.0]}, {"rewards": [5.0, 7.0]}]
     path = tmp_path / "scale.json"
-    scaled = reward.standardized(train_data, path)
+    scaled = reward.standardized(train_data, path, "rm")
     scale = json.loads(path.read_text())
-    assert scale == {"mean": 4.0, "deviation": pytest.approx((20 / 3) ** 0.5)}
+    assert scale == {"model": "rm", "mean": 4.0, "deviation": pytest.approx((20 / 3) ** 0.5)}
     assert sum(reward for row in scaled for reward in row["rewards"]) == pytest.approx(0)
-    [dev] = reward.standardized([{"rewards": [4.0, 4.0 + scale["deviation"]]}], path)
+    [dev] = reward.standardized([{"rewards": [4.0, 4.0 + scale["deviation"]]}], path, "rm")
     assert dev["rewards"] == pytest.approx([0.0, 1.0])
-    path.write_text('{"mean": 1.0, "deviation": 0.0}')
+    with pytest.raises(InputError, match=r"scale\.json: is the scale of rm; choose another"):
+        reward.standardized(train_data, path, "other")
+    path.write_text('{"mean": 1.0, "deviation": 0.0, "model": "rm"}')
     with pytest.raises(InputError, match=r"scale\.json: no scale of rewards"):
-        reward.standardized(train_data, path)
+        reward.standardized(train_data, path, "rm")
