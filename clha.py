@@ -622,7 +622,8 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         add_adapters(model, config)
 
     def write() -> None:
-        if path.exists():  # this run saved it before it was killed, and got here again
+        if path.exists():  # this run saved it before it was killed, or it is the user's
+            print(f"kept    {path}, which was there")
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
