@@ -26,6 +26,7 @@ A record of train.jsonl is a JSON line:
 # dependencies = ["torch>=2.11", "transformers>=5.17,<6", "datasets>=4", "filelock", "xxhash", "tqdm"]
 # ///
 
+import copy
 import gzip
 import hashlib
 import json
@@ -41,8 +42,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import partial
-from itertools import combinations
+from functools import cache, partial
+from itertools import combinations, takewhile
 from pathlib import Path
 from statistics import median_low
 from typing import Any, Literal
@@ -144,9 +145,7 @@ def rank(record: Record) -> Record:
     for name, values in record.items():
         if isinstance(values, list) and len(values) == len(order) and name != "prompt":
             ranked[name] = [values[i] for i in order]
-    return ranked | {
-        "chosen": order.index(record.get("chosen", 0))
-    }  # for other programs; training ignores it
+    return ranked | {"chosen": order.index(record.get("chosen", 0))}
 
 
 # 3. Tokens --------------------------------------------------------------------------------------------------
@@ -167,31 +166,49 @@ MARK = "\ufdd0"  # a noncharacter: no text has it
 def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
     """A dialogue in the tokenizer's chat template, or as HH-RLHF text with EOS at its end, as ids."""
     ended = turns[-1]["role"] == "assistant"  # else a response is to follow
-    ids_of = partial(tokenizer, truncation=False, padding=False)  # overrides what was saved with it
     if not tokenizer.chat_template:
         end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token else []
-        return ids_of(render(turns), split_special_tokens=True).input_ids + end
+        whole = {"truncation": False, "padding": False}  # overrides what was saved with the tokenizer
+        return tokenizer(render(turns), split_special_tokens=True, **whole).input_ids + end
+    # MARK goes into special tokens that someone typed, and keeps them from being some; then it is left out.
     special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
-    # MARK goes between the characters of special tokens that someone typed; the template's stay whole.
-    defuse = partial(re.sub, special, lambda found: MARK.join(found[0]))
+    defuse = partial(re.sub, special, lambda found: f"{found[0][0]}{MARK}{found[0][1:]}")
     marked = [turn | {"content": defuse(turn["content"])} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not ended)
     except Exception as error:  # a template is a program, and may fail in any way
         wrong = f"the chat template does not take {turns[:2]} ({reason(error)})"
         raise InputError(f"{tokenizer.name_or_path}: {wrong}") from error
-    ids = []
-    # If there is a mark, the text is cut at the template's own; a piece with marks has no special token.
-    for part in re.split(f"({special})", text) if MARK in text else [text]:
-        plain = part.replace(MARK, "")
-        ids += ids_of(plain, add_special_tokens=False, split_special_tokens=MARK in part).input_ids
-    return ids
+    marking = marking_tokenizer(tokenizer)
+    mark = marking.convert_tokens_to_ids(MARK)
+    ids = marking(text, add_special_tokens=False, truncation=False, padding=False).input_ids
+    return [i for i in ids if i != mark]
+
+
+@cache
+def marking_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer for which MARK is a special token, so that it cuts a text there."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_tokens([MARK], special_tokens=True)
+    return copied
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The special tokens of a tokenizer by their ids; some of them end turns."""
+    """The special tokens of a tokenizer by their ids."""
     added = tokenizer.added_tokens_decoder.items()
     return {i: str(token) for i, token in added if token.special or i == tokenizer.eos_token_id}
+
+
+@cache
+def turn_end(tokenizer: Tokenizer, template: str | None) -> int:
+    """The id that ends a response: in the tokenizer's `template`, the first special one after its text."""
+    dialogues = []
+    for answer in ("Hi", "No"):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        dialogues.append(dialogue_ids(turns, tokenizer)[::-1])
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(*dialogues, strict=False))  # from the end
+    special = special_tokens(tokenizer)
+    return [tokenizer.eos_token_id, *(i for i, _ in same if i in special)][-1]
 
 
 def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
@@ -215,27 +232,23 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | None:
-    """A record as `prompt_ids` and `response_ids`; None for a chat whose last user turn is too long.
-
-    Raises InputError for a response that has no ids, or whose ids do not follow those of the prompt.
-    """
+    """A record as ids; None for a chat whose last user turn is too long. Raises InputError for odd ids."""
     turns = recent_turns(record["prompt"], tokenizer, config.max_prompt_length)
     if not turns:
         return None
     whole_prompt = dialogue_ids(turns, tokenizer)
     prompt_ids = cut_prompt(whole_prompt, config.max_prompt_length, tokenizer.bos_token_id)
     room = config.max_length - len(prompt_ids)
-    ends = {tokenizer.eos_token_id, *special_tokens(tokenizer)}
+    end = turn_end(tokenizer, tokenizer.chat_template)
     response_ids = []
     for i, text in enumerate(record["responses"]):
         ids = dialogue_ids([*turns, {"role": "assistant", "content": text}], tokenizer)
         response = ids[len(whole_prompt) :]
-        while response and response[-1] not in ends:  # templates add a line break after the end
-            response.pop()
         if ids[: len(whole_prompt)] != whole_prompt:
             raise InputError(f"response {i}: its dialogue does not begin as its prompt; see --template_args")
-        if len(response) < 2:
+        if end not in response[1:]:
             raise InputError(f"response {i}: has no tokens, or no token that ends it")
+        response = response[: response.index(end) + 1]  # templates add a line break, or EOS
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
     size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
@@ -322,10 +335,7 @@ def flex_mask(query: Tensor, response: Tensor) -> BlockMask:
 def pack_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a pack, one query at a time: (1, heads, N, d) -> (1, N, heads, d).
-
-    transformers calls it in each layer, without a mask of its own; `hidden_states` gives it the pack's.
-    """
+    """Attention over a pack, one query at a time, for transformers: (1, heads, N, d) -> (1, N, heads, d)."""
     if settings.get("s_aux") is not None or settings.get("softcap") is not None:
         raise ValueError("packs know neither attention sinks nor soft caps")
     masks = settings["pack_mask"]
@@ -504,11 +514,16 @@ def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -
     elif template != "auto":
         if not Path(template).is_file():
             raise InputError(f"--template {template}: neither auto nor hh nor a file")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except ValueError as error:
+            raise InputError(f"--template {template}: not UTF-8 ({reason(error)})") from None
     if template_args:  # as a part of the template they go into final/ with it
         text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        name = template_args.partition("=")[0].strip()
-        if "=" not in template_args or not re.search(rf"\b{re.escape(name)}\b", text):
+        found = re.fullmatch(
+            r"\s*(\w+)\s*=\s*(true|false|none|-?[\d.]+|\"[^\"]*\"|'[^']*')\s*", template_args, re.I
+        )
+        if not found or not re.search(rf"\b{found[1]}\b", text):
             raise InputError(f"--template_args {template_args}: not NAME=VALUE with a name of the template")
         tokenizer.chat_template = f"{{%- set {template_args} %}}{text}"
     return tokenizer
@@ -522,6 +537,8 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
         except ImportError:
             raise InputError("--lora_rank: needs Hugging Face's peft: pip install peft") from None
         torch.manual_seed(config.seed)
+        if Path(config.model).is_dir():  # final/ says where its base is, from anywhere
+            model.name_or_path = str(Path(config.model).resolve())
         shape = {"r": config.lora_rank, "lora_alpha": 2 * config.lora_rank, "target_modules": "all-linear"}
         model.add_adapter(LoraConfig(task_type="CAUSAL_LM", **shape))
 
@@ -870,7 +887,13 @@ def train(
         tokenizer = load_tokenizer(config.model, config.template, config.template_args)
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
-        dev_examples = load_data(config.dev_data).to_list() if config.dev_data else []
+        dev_data = load_data(config.dev_data) if config.dev_data else []
+        dev_examples = [*dev_data]
+        tokens = [file_hash(file["filename"]) for file in examples.cache_files]
+        seen = [None] * processes
+        dist.all_gather_object(seen, (tokens, getattr(dev_data, "_fingerprint", "")))
+        if seen.count(seen[0]) < processes:
+            raise InputError(f"{config.train_data}: the processes read different data")
         counts = [len(ids) for ids in examples["response_ids"]]
         if config.alpha is None:
             config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
@@ -878,6 +901,7 @@ def train(
             on_first_process(lambda: check_rewards([*examples["rewards"]], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
+        track = start_tracker(config) if process == 0 else None
         order = data_order(len(examples), config)
         sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
         lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
@@ -894,8 +918,7 @@ def train(
         optimizer = adamw(policy.parameters(), config.learning_rate)
         schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
         identity = {name: value for name, value in asdict(config).items() if name not in FREE}
-        identity["model"] = model_hash
-        identity["tokens"] = [file_hash(file["filename"]) for file in examples.cache_files]
+        identity |= {"model": model_hash, "tokens": tokens}
         newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
         done = restore(newest[0], policy, optimizer, identity) if newest else 0
         for _ in range(done):  # once for each step, as below
@@ -914,7 +937,6 @@ def train(
             print(f"train   {size:,} parameters; a checkpoint takes {disk}")
             print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
-            track = start_tracker(config)
         signals = []  # held until the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))
@@ -948,7 +970,11 @@ def train(
                 row |= {"time": datetime.now().isoformat(timespec="seconds")}
                 with log.open("a") as file:
                     print(json.dumps({"step": step} | row), file=file)
-                track(metrics, step)
+                try:
+                    track(metrics, step)
+                except Exception as error:  # of a network
+                    print(f"warning --tracker: {reason(error)}; nothing more is sent")
+                    track = start_tracker(replace(config, tracker=""))
                 bar.set_postfix(loss=metrics["loss"])
                 if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
                     rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
@@ -1084,10 +1110,12 @@ def start_tracker(config: Config) -> Callable[[dict[str, float], int], Any]:
                 import trackio as tracker
             case _:
                 return lambda metrics, step: None
+        tracker.init(project="clha", name=Path(config.output_dir).name, config=asdict(config))
+        return lambda metrics, step: tracker.log(metrics, step=step)
     except ImportError:
         raise InputError(f"--tracker {config.tracker}: not installed; pip install {config.tracker}") from None
-    tracker.init(project="clha", name=Path(config.output_dir).name, config=asdict(config))
-    return lambda metrics, step: tracker.log(metrics, step=step)
+    except Exception as error:
+        raise InputError(f"--tracker {config.tracker}: {reason(error)}") from error
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:

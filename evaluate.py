@@ -91,7 +91,7 @@ def sample(
         return []
     if static is None:
         static = model.device.type == "cuda"
-    ends = end_ids(tokenizer)
+    ends = {tokenizer.eos_token_id, clha.turn_end(tokenizer, tokenizer.chat_template)}
     stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, **stops)
     if temperature > 0:
@@ -125,14 +125,6 @@ def sample(
     return responses
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What ends a response: EOS, and the last special token of a dialogue in the chat template."""
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-    special = clha.special_tokens(tokenizer)
-    ends = [i for i in clha.dialogue_ids(turns, tokenizer) if i in special]
-    return {tokenizer.eos_token_id, *ends[-1:]}
-
-
 def prompt_ids(
     turns: list[Turn], response_prefix: str, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> list[int]:
@@ -144,8 +136,9 @@ def prompt_ids(
         wrong = "too few tokens for the system turn and the last turn of a chat"
         raise InputError(f"--max_prompt_length {limit}: {wrong}: {turns[-1]['content'][:60]}")
     ids = clha.dialogue_ids(kept, tokenizer)
-    if response_prefix:  # without the end of the turn
-        ids = ids[: max(i for i, token in enumerate(ids) if token in clha.special_tokens(tokenizer))]
+    if response_prefix:  # without the end of the turn, and what follows it
+        end = clha.turn_end(tokenizer, tokenizer.chat_template)
+        ids = ids[: max((i for i, token in enumerate(ids) if token == end), default=len(ids))]
     return clha.cut_prompt(ids, limit, tokenizer.bos_token_id)
 
 
@@ -188,6 +181,11 @@ def write_responses(
     model, tokenizer = load(path, device, template, template_args)
     items = []
     for record in records:
+        try:  # what does not fit is said before the work begins, on every process
+            limit = options.get("max_prompt_length", 384)
+            prompt_ids(record["prompt"], options.get("response_prefix", ""), tokenizer, limit)
+        except InputError as error:
+            raise InputError(f"{record['id']}: {error}") from error
         items += [{"id": record["id"], "prompt": record["prompt"]}] * num_responses
 
     def work(share: list[Record], start: int) -> list[Record]:
@@ -253,7 +251,9 @@ def read_responses(path: str, records: list[Record]) -> list[Record]:
         if item in found:
             wrong = f"a second response to {item}; score needs one per record"
             raise InputError(f"{path}, line {number}: {wrong}")
-        found[item] = {"id": item, "response": cut_response(text)}
+        # `generate` has cut its own; those of other engines are cut as the release does.
+        text = text.strip() if "finished" in line else cut_response(text)
+        found[item] = {"id": item, "response": text}
         for name, value in numbers(line).items():
             if not abs(value) < 1e38:
                 raise InputError(f'{path}, line {number}: "{name}" must be a finite number, not {value}')
@@ -489,9 +489,9 @@ def run_merge(args: argparse.Namespace) -> None:
         raise InputError("merge: needs Hugging Face's peft: pip install peft") from None
     try:
         model = AutoPeftModelForCausalLM.from_pretrained(args.model, dtype="auto").merge_and_unload()
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:  # no adapters, no base, or one of another size
         raise InputError(f"{args.model}: cannot be merged ({clha.reason(error)})") from error
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     with reward.whole(args.out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -249,22 +249,32 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     write_in_parts(out, records, settings, work, 512 * processes, "score")
 
 
-def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
-    """The records with (reward - mean) / deviation, by the file at `path`; if it is not there, they make it.
-
-    So training and dev data get one scale. Raises InputError for another file, or one of another model.
-    """
-    print(f"scale   {'read from' if path.exists() else 'written to'} {path}")
+def read_scale(path: Path, model: str) -> dict[str, Any] | None:
+    """Mean and deviation of a model's rewards, from a file; None without one. Raises InputError."""
     if not path.exists():
-        rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
-        values = {"mean": rewards.mean().item(), "deviation": rewards.std().item(), "model": model}
-        with whole(path) as unfinished:
-            unfinished.write_text(json.dumps(values) + "\n")
+        return None
     scale = read_json(path, {"mean": float, "deviation": float, "model": str}, "a scale of rewards")
     if scale["model"] != model:
         raise InputError(f"{path}: is the scale of {scale['model']}; choose another file for {model}")
     if not 0 < scale["deviation"] < math.inf or not math.isfinite(scale["mean"]):
         raise InputError(f"{path}: no scale of rewards: {scale}")
+    return scale
+
+
+def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
+    """The records with (reward - mean) / deviation, by the file at `path`; if it is not there, they make it.
+
+    So training and dev data get one scale. Raises InputError if all rewards are equal.
+    """
+    scale = read_scale(path, model)
+    print(f"scale   {'read from' if scale else 'written to'} {path}")
+    if not scale:
+        rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
+        scale = {"mean": rewards.mean().item(), "deviation": rewards.std().item(), "model": model}
+        if not scale["deviation"] > 0:
+            raise InputError("--standardize: all rewards are equal")
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(scale) + "\n")
     rows = []
     for record in records:
         rewards = [(reward - scale["mean"]) / scale["deviation"] for reward in record["rewards"]]
@@ -660,9 +670,12 @@ def score(args: argparse.Namespace) -> None:
     check_output(args.out, "file")
     if args.plot:
         check_plot(args.plot)
+    raw = Path(args.out)
+    if args.standardize:  # a scale that does not fit is refused before the work
+        read_scale(Path(args.standardize), args.model)
+        raw = Path(f"{args.out}.raw.partial")
     records = read_records(args.data)
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)
-    raw = Path(f"{args.out}.raw" if args.standardize else args.out)
     write_scores(model, records, raw)
     if rank == 0:
         if args.standardize:

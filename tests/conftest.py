@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import clha
 from study import toy
@@ -60,6 +60,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("reference files (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedTokenizerBase:
+    """LLaMA's tokenizer, where it is."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/llama_tokenizer is not here")
+    return AutoTokenizer.from_pretrained(SHARED / "llama_tokenizer")
 
 
 def golden(name: str) -> Any:

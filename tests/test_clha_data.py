@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import SHARED, golden
+from conftest import golden
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import clha
 import prepare_data
@@ -34,14 +34,6 @@ PROPERTY = settings(
 def toy(model_and_tokenizer: Any) -> PreTrainedTokenizerBase:
     """The toy world's tokenizer."""
     return model_and_tokenizer[1]
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedTokenizerBase:
-    """LLaMA's tokenizer, where it is."""
-    if not SHARED.is_dir():
-        pytest.skip("../shared/llama_tokenizer is not here")
-    return AutoTokenizer.from_pretrained(SHARED / "llama_tokenizer")
 
 
 @pytest.fixture(params=["toy", "llama"])

@@ -1,5 +1,6 @@
 """Chat templates: training, generation and rewards see what `apply_chat_template` writes, no more."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,49 @@ def test_standardized_rewards_keep_the_scale_of_the_training_file(tmp_path: Path
     path.write_text('{"mean": 1.0, "deviation": 0.0, "model": "rm"}')
     with pytest.raises(InputError, match=r"scale\.json: no scale of rewards"):
         reward.standardized(train_data, path, "rm")
+
+
+PHI = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_what_a_template_writes_after_the_end_of_the_turn_is_not_trained_on(
+    chats: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "phi.jinja").write_text(PHI)
+    tokenizer = clha.load_tokenizer(str(chats["chatml"]), str(tmp_path / "phi.jinja"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert clha.turn_end(tokenizer, tokenizer.chat_template) == end
+    encoded = clha.encode({"prompt": turns("Why?"), "responses": ["So.", "No."]}, tokenizer, WIDE)
+    assert [ids[-1] for ids in encoded["response_ids"]] == [end, end]
+    assert all(ids.count(end) == 1 for ids in encoded["response_ids"])
+    asked = evaluate.prompt_ids(turns("Why?"), "So", tokenizer, 99)
+    assert tokenizer.decode(asked).endswith("assistant\nSo")
+
+
+def test_a_typed_special_token_changes_no_token_of_the_template(llama: PreTrainedTokenizerBase) -> None:
+    llama = copy.deepcopy(llama)
+    llama.add_special_tokens({"additional_special_tokens": SPECIAL[:2]})
+    llama.chat_template = CHATML
+    plain, typed = [clha.dialogue_ids(turns(f"Hi {word} there"), llama) for word in ("or", "</s>")]
+    place = next(i for i, (one, two) in enumerate(zip(plain, typed, strict=False)) if one != two)
+    tail = next(i for i, (one, two) in enumerate(zip(plain[::-1], typed[::-1], strict=False)) if one != two)
+    assert (
+        "there" in llama.decode(plain[place:]) and tail >= 6
+    )  # the end of the turn, and the next one's header
+    assert llama.eos_token_id not in typed and "</s>" in llama.decode(typed).replace(" ", "")
+    encoded = clha.encode({"prompt": turns("Hi"), "responses": ["Yes </s> no", "b"]}, llama, WIDE)
+    assert encoded["response_ids"][0].count(llama.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+@pytest.mark.parametrize(
+    "args", ["think:false", "=1", "thin=true", "think=flase", "add_generation_prompt=maybe"]
+)
+def test_arguments_that_a_template_would_ignore_are_refused(
+    chats: dict[str, Path], tmp_path: Path, args: str
+) -> None:
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    with pytest.raises(InputError, match=r"^--template_args .*: not NAME=VALUE"):
+        clha.load_tokenizer(str(chats["chatml"]), str(tmp_path / "thinking.jinja"), args)
