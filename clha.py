@@ -95,12 +95,10 @@ class Config:
     template: str = option("auto", "auto: the model's chat template, else hh; hh: as in HH-RLHF; or a file")
     template_args: str = option("", "what the template is given, such as enable_thinking=false")
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
-    max_prompt_length: int = option(
-        384, "tokens of a prompt; the beginning is cut, of a chat whole turns (384)"
-    )
+    max_prompt_length: int = option(384, "tokens of a prompt; its beginning is cut, or a chat's oldest turns")
     # Optimization
     lora_rank: int = option(
-        0, "train only adapters of this rank, on all linear layers (LoRA); 0: all weights"
+        0, "train only adapters of this rank (LoRA, on all linear layers); 0: all weights"
     )
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
     lr_schedule: Literal["constant_with_warmup", "cosine"] = option("constant_with_warmup", "as released")
@@ -499,9 +497,7 @@ def load(kind: Any, path: str, **settings: Any) -> Any:
 def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -> Tokenizer:
     """The tokenizer of a model, in the template that `Config` names. Raises InputError if it goes wrong."""
     if (Path(path) / "adapter_config.json").is_file():
-        raise InputError(
-            f"{path}: holds LoRA adapters; `python evaluate.py merge` makes a whole model of them"
-        )
+        raise InputError(f"{path}: holds LoRA adapters; `python evaluate.py merge` makes a model of them")
     tokenizer = load(transformers.AutoTokenizer, path)
     known = getattr(load(transformers.AutoConfig, path).get_text_config(), "vocab_size", math.inf)
     if tokenizer.eos_token_id is None or max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
@@ -746,7 +742,7 @@ def load_examples(
 ) -> datasets.Dataset:
     """The records of a file as Examples with the numbers of `fields`, best response first if `ranked`."""
     # One process tokenizes them, once, while the others wait for its lock; all memory-map the result.
-    cache = config.token_cache or f"{config.output_dir}/tokens"
+    folder = config.token_cache or f"{config.output_dir}/tokens"
     content = file_hash(path)
 
     def tokenize() -> Iterator[Example]:
@@ -774,11 +770,11 @@ def load_examples(
     versions = (file_hash(__file__), transformers.__version__)
     name = datasets.fingerprint.Hasher.hash((content, tokenizer, settings, versions))
     try:
-        return datasets.Dataset.from_generator(tokenize, cache_dir=cache, fingerprint=name)
+        return datasets.Dataset.from_generator(tokenize, cache_dir=folder, fingerprint=name)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     except ValueError as error:
-        raise InputError(f"{cache}: damaged ({reason(error)}); it can be removed") from error
+        raise InputError(f"{folder}: damaged ({reason(error)}); it can be removed") from error
 
 
 def check_rewards(rewards: list[list[float]], config: Config) -> None:
@@ -901,7 +897,8 @@ def train(
             on_first_process(lambda: check_rewards([*examples["rewards"]], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
-        track = start_tracker(config) if process == 0 else None
+        trackers = []  # one, on the first process
+        on_first_process(lambda: trackers.append(start_tracker(config)))
         order = data_order(len(examples), config)
         sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
         lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
@@ -911,8 +908,8 @@ def train(
         dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
         fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
         packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
-        by_length = sorted(range(len(examples)), key=lambda i: lengths[i])
-        probe = examples[by_length[len(examples) // 2]]
+        # Near 512 tokens: long enough to show a leak, short for plain attention, whose memory is quadratic.
+        probe = examples[min(range(len(examples)), key=lambda i: abs(lengths[i] - 512))]
         check_policy(policy, probe, max(lengths), config.dtype, limit if fill else 0)
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
         optimizer = adamw(policy.parameters(), config.learning_rate)
@@ -971,10 +968,11 @@ def train(
                 with log.open("a") as file:
                     print(json.dumps({"step": step} | row), file=file)
                 try:
-                    track(metrics, step)
+                    for track in trackers:
+                        track(metrics, step)
                 except Exception as error:  # of a network
                     print(f"warning --tracker: {reason(error)}; nothing more is sent")
-                    track = start_tracker(replace(config, tracker=""))
+                    trackers.clear()
                 bar.set_postfix(loss=metrics["loss"])
                 if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
                     rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
