@@ -633,6 +633,25 @@ def test_a_tracker_gets_each_step_and_a_missing_one_is_a_line(
     assert not (tmp_path / "other/final").exists()
 
 
+def test_a_tracker_that_fails_ends_no_run(
+    world: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def fail(metrics: dict[str, float], step: int) -> None:
+        calls.append(step)
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(clha, "start_tracker", lambda config: fail)
+    clha.train(small(world, data, tmp_path / "run", max_steps=2))
+    assert calls == [1] and len(log(tmp_path / "run")) == 2
+    assert "warning --tracker: connection reset; nothing more is sent" in capsys.readouterr().out
+
+
 # The token cache
 
 
