@@ -14,6 +14,10 @@ evaluation are clha.py's, so two rows of a table differ in their objective alone
 | pro | Song et al. 2023; without their temperatures, Eq. 2 of CLHA's paper | 0.05 (l - 1)^2, as in CLHA |
 | coh | Liu et al. 2023a: imitate text that calls one response good, another bad | - |
 | dpo | Rafailov et al. 2023, Eq. 7; Appendix A.3 for more than two responses | 0 |
+| simpo | Meng et al. 2024: means in place of DPO's reference, and a margin --gamma | 0 |
+| cpo | Xu et al. 2024, with the hinge that TRL's CPOTrainer offers: CLHA's nearest relative | 1 |
+| odpo | Amini et al. 2024: DPO with the logarithm of the reward gap as a margin | 0 |
+| lipo | Liu et al. 2024, LiPO-lambda: pairs weighted by reward and rank | 0 |
 | released | CLHA as in the authors' code, by micro-batches of two queries | 0.05 (l - 1)^2 |
 
 What some of them need besides rewards is written into the records first, by a stage:
@@ -25,7 +29,7 @@ What some of them need besides rewards is written into the records first, by a s
 | labels | sft on the human choice | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
 | hindsight | coh | two texts of the best and the worst; generate with --response_prefix "Good answer:" |
-| reference | dpo | "reference_logps", by --model MODEL; torchrun shares the work |
+| reference | dpo, odpo, lipo | "reference_logps", by --model MODEL; torchrun shares the work |
 """
 
 import argparse
@@ -40,6 +44,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import clha
@@ -131,7 +136,87 @@ def dpo(
     return plackett_luce(scores, rewards.isfinite()) + sft_weight * best_nll(sum_logps, rewards)
 
 
-OBJECTIVES = {function.__name__: function for function in (sft, gated_sft, rrhf, pro, coh, dpo)}
+def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """s_i - s_j, and whether r_i > r_j, for all pairs of a query: (B, l), (B, l) -> (B, l, l) each."""
+    better = rewards[:, :, None] > rewards[:, None, :]  # never with NaN
+    scores = scores.masked_fill(
+        rewards.isnan(), 0
+    )  # a NaN that is left out later would still reach gradients
+    return scores[:, :, None] - scores[:, None, :], better
+
+
+def simpo(
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    sft_weight: float,
+    beta: float = 0.1,
+    gamma: float = 0.0,
+) -> Tensor:
+    """SimPO: -log sigmoid(beta (p_i - p_j) - gamma), summed over pairs with r_i > r_j."""
+    lead, better = leads(avg_logps, rewards)
+    losses = F.softplus(gamma - beta * lead)
+    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+
+
+def cpo(
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, beta: float = 0.1
+) -> Tensor:
+    """CPO with a hinge: max(0, 1 - beta (s_i - s_j)) of sums s over pairs, plus a mean over tokens."""
+    lead, better = leads(sum_logps, rewards)
+    losses = (1 - beta * lead).clamp(min=0)
+    return (losses * better).sum((1, 2)) + sft_weight * best_nll(avg_logps, rewards)
+
+
+def odpo(
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    sft_weight: float,
+    reference_logps: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """ODPO: -log sigmoid(beta (s_i - s_j) - log(r_i - r_j)) over pairs, s = sum_logps - reference_logps."""
+    lead, better = leads(beta * (sum_logps - reference_logps), rewards)
+    gap, _ = leads(rewards, rewards)
+    offset = torch.where(better, gap, 1).log()
+    losses = F.softplus(offset - lead)
+    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+
+
+def lipo(
+    avg_logps: Tensor,
+    sum_logps: Tensor,
+    rewards: Tensor,
+    *,
+    sft_weight: float,
+    reference_logps: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """LiPO-lambda: sum over r_i > r_j of Delta_ij log(1 + exp(-beta (s_i - s_j))), s as in `odpo`.
+
+    Delta_ij = |2^psi_i - 2^psi_j| |1 / log(1 + tau_i) - 1 / log(1 + tau_j)|: psi_i is the mean probability of
+    response i to beat the others by the reward model, tau_i its rank by s, from 1.
+    """
+    scores = beta * (sum_logps - reference_logps)
+    lead, better = leads(scores, rewards)
+    gap, _ = leads(rewards, rewards)  # 0 to itself
+    present = rewards.isfinite()
+    pairs = present[:, :, None] & present[:, None, :]
+    wins = (gap.sigmoid() * pairs).sum(2) - 0.5  # without itself
+    psi = wins / (present.sum(1, keepdim=True) - 1)  # (B, l)
+    order = scores.masked_fill(~present, -math.inf).argsort(dim=1, descending=True, stable=True)
+    tau = 1 + order.argsort(dim=1)  # (B, l)
+    gain, _ = leads(2**psi, rewards)
+    discount, _ = leads(1 / (1 + tau).log(), rewards)
+    losses = gain.abs() * discount.abs() * F.softplus(-lead)
+    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+
+
+FUNCTIONS = (sft, gated_sft, rrhf, pro, coh, dpo, simpo, cpo, odpo, lipo)
+OBJECTIVES = {function.__name__: function for function in FUNCTIONS}
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. The release as released. It is no sum over queries: the kept pairs of a micro-batch share one mean.
@@ -195,10 +280,9 @@ def released_loss_fn(config: "BaselineConfig") -> clha.Loss:
 class BaselineConfig(clha.Config):
     """clha.py's settings, the objective, and what belongs to some objectives alone."""
 
-    objective: Literal["sft", "gated_sft", "rrhf", "pro", "coh", "dpo", "released"] = clha.option(
-        MISSING, "what is minimized"
-    )
-    beta: float = clha.option(0.1, "of DPO: how hard it holds on to the reference model")
+    objective: Literal[(*OBJECTIVES, "released")] = clha.option(MISSING, "what is minimized")
+    beta: float = clha.option(0.1, "of DPO and its kin: how hard it holds on to the reference model")
+    gamma: float = clha.option(0.0, "margin of SimPO")
     temperatures: bool = clha.option(True, "of PRO: factors by reward gap; without them it is Eq. 2")
     sft_reduction: Literal["sum", "mean"] = clha.option("sum", "RRHF's SFT term: sum (paper) or mean (code)")
 
@@ -207,12 +291,16 @@ READ_BY = {  # the settings of the loss, and the objectives that read them
     "margin": ("released",),
     "min_reward_gap": ("released",),
     "gate": (),
-    "alpha": ("gated_sft", "rrhf", "pro", "dpo", "released"),
-    "beta": ("dpo",),
+    "alpha": ("gated_sft", "rrhf", "pro", "dpo", "simpo", "cpo", "odpo", "lipo", "released"),
+    "beta": ("dpo", "simpo", "cpo", "odpo", "lipo"),
+    "gamma": ("simpo",),
     "temperatures": ("pro",),
     "sft_reduction": ("rrhf",),
 }
-ALPHAS = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "dpo": 0.0}  # the others have CLHA's
+ALPHAS = dict.fromkeys(("sft", "rrhf", "coh", "cpo"), 1.0) | dict.fromkeys(
+    ("dpo", "simpo", "odpo", "lipo"), 0.0
+)
+REFERENCED = ("dpo", "odpo", "lipo")  # their records need "reference_logps"
 RELEASED = {"margin": 3.0, "min_reward_gap": 3.0}  # one literal 3 of the released code is both
 
 
@@ -226,7 +314,8 @@ def default_alpha(config: BaselineConfig) -> float:
 
 def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
     """The mean of an objective over a pack's queries, in the form in which `clha.train` calls it."""
-    names = [name for name in ("beta", "temperatures", "sft_reduction") if config.objective in READ_BY[name]]
+    own = ("beta", "gamma", "temperatures", "sft_reduction")
+    names = [name for name in own if config.objective in READ_BY[name]]
     settings = {name: getattr(config, name) for name in names}
     objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
 
@@ -258,7 +347,7 @@ def train(config: BaselineConfig) -> None:
         config = replace(config, alpha=default_alpha(config))
     if objective == "released":
         clha.train(config, released_loss_fn(config), ranked=False, group=MICRO_BATCH)
-    elif objective == "dpo":
+    elif objective in REFERENCED:
         clha.train(config, objective_loss_fn(config), fields=("rewards", "reference_logps"))
     else:
         clha.train(config, objective_loss_fn(config))

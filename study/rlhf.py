@@ -63,7 +63,9 @@ def rloo_config(trl: ModuleType, args: argparse.Namespace) -> Any:
         bf16=gpu,
         gradient_checkpointing=gpu,
         use_cpu=not gpu,
-        save_strategy="no",
+        save_strategy="steps" if args.save_every else "no",
+        save_steps=args.save_every,
+        save_only_model=True,
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )
@@ -98,6 +100,8 @@ def train(args: argparse.Namespace) -> None:
     )
     trainer.train()
     reward.write_jsonl(final.with_name("metrics.jsonl"), trainer.state.log_history)
+    for saved in final.parent.glob("checkpoint-*"):
+        saved.rename(saved.with_name(saved.name.replace("checkpoint", "step")))  # as clha.py names them
     with reward.whole(final) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink()  # a pickle that needs TRL
@@ -116,6 +120,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--num_generations", type=int, default=4, help="responses sampled for each prompt")
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response")
     flag("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
+    flag("--save_every", type=int, default=0, help="steps between model folders OUTPUT_DIR/step-N; 0: none")
     flag("--kl_beta", type=float, default=0.05, help="price of a nat from the base model")
     flag("--seed", type=int, default=42, help="of the data order and the sampling")
     return parser.parse_args(argv)

@@ -1,24 +1,30 @@
-"""Tables 2 and 3 of the paper in one frame: every objective on the same data, base model and reward models.
+"""The study of docs/study/protocol.md: every method, tuned alike, on a toy world whose true reward is known.
 
-    python -m study.run toy --out out/study --seeds 0 1 2 3 4      a world whose true reward is known
-    python -m study.run real --out out/study --data DATA --model MODEL --reward_model RM
-    python -m study.report --runs out/study                        RESULTS.md, from the runs that are finished
+    python -m study.run tune                        eight settings per method on tuning seeds, by dev gold
+    python -m study.run compare --seeds 100 101     the tuned methods and CLHA's ablations on fresh seeds
+    python -m study.report                          RESULTS.md from the rows
 
-All toy runs of a seed share data, base model and reward models. DATA are real records: scored ones in its
-train.jsonl and dev.jsonl, and test.jsonl, as prepare_data.py and reward.py leave them. A finished run is not
-repeated, so the same command resumes a study that was stopped. Seeds may run side by side.
+A row of OUT/tuning.jsonl or OUT/fresh.jsonl is one run. What has a row is not repeated, so the same command
+resumes a study that was stopped; --jobs runs work side by side. All runs of a seed share data, base model and
+reward models. What is measured is the mean of the weights of a run's last four checkpoints.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import multiprocessing
+import os
+import shutil
 import statistics
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import filelock
 import torch
 from tqdm import tqdm
 
@@ -30,70 +36,83 @@ from study import baselines, rlhf, toy
 
 Settings = dict[str, Any]  # of a run: its objective, and what is not the default
 
-NOISE = 0.2  # share of wrong labels on the main worlds
-NOISES = (0.0, 0.2, 0.4)
-LENGTHS = (2, 3)  # responses per query
-STEPS = 80  # of alignment, on each toy world
-LEARNING_RATE = 5e-4
+ROWS = Path(__file__).parents[1] / "docs" / "study"  # the committed ones
+TUNING_SEEDS = (50, 51, 52, 53)
+FRESH_SEEDS = tuple(range(100, 120))  # which no setting has seen
 SMALL = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": "none"}
+AVERAGED = 4  # checkpoints of a run, SAVE_EVERY steps apart
+SAVE_EVERY = 10
 
 # ------------------------------------------------------------------------------------------------------------
 # What is compared
 
 
-def methods(length: int) -> dict[str, Settings]:
-    """The rows of Table 2 for queries with so many responses."""
-    alpha = 0.05 * (length - 1) ** 2  # CLHA's
-    return {
-        "SFT": {"objective": "sft"},
-        "CoH": {"objective": "coh"},
-        "RRHF": {"objective": "rrhf", "sft_reduction": "mean"},  # as released
-        "RRHF, CLHA's SFT": {"objective": "rrhf", "alpha": alpha},
-        "PRO": {"objective": "pro"},
-        "PRO w/o temperatures": {"objective": "pro", "temperatures": False},
-        "DPO": {"objective": "dpo"},
-        "CLHA": {"objective": "clha"},
-        "CLHA as released": {"objective": "released"} | baselines.RELEASED,
-        "RLHF": {"objective": "rlhf"},
-    }
+def grid(objective: str, **values: tuple[float, ...]) -> list[Settings]:
+    """All combinations of these values."""
+    combinations = itertools.product(*values.values())
+    return [{"objective": objective} | dict(zip(values, chosen, strict=True)) for chosen in combinations]
 
 
-ABLATIONS: dict[str, Settings] = {  # the rows of Table 3
-    "CLHA w/o rescore": {"objective": "clha", "gate": False, "min_reward_gap": 0.0},
-    "CLHA w/o contrast": {"objective": "gated_sft"},
-    "CLHA w/o margin": {"objective": "clha", "margin": 0.0},
+IMITATION = {"learning_rate": (2e-4, 5e-4, 1e-3, 2e-3), "max_steps": (80, 160)}
+RANKING = {"alpha": (0.01, 0.05, 0.2, 1.0), "learning_rate": (5e-4, 1e-3)}
+REFERENCE = {"beta": (0.03, 0.1, 0.3, 1.0), "learning_rate": (2e-4, 5e-4)}
+GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
+    "CLHA": grid("clha", **RANKING),
+    "PRO": grid("pro", **RANKING),
+    "gated SFT": grid("gated_sft", alpha=(1.0,), **IMITATION),
+    "SFT": grid("sft", **IMITATION),
+    "RRHF": grid("rrhf", **RANKING),
+    "DPO": grid("dpo", **REFERENCE),
+    "CPO, hinge": grid("cpo", **REFERENCE),
+    "ODPO": grid("odpo", **REFERENCE),
+    "LiPO-lambda": grid("lipo", **REFERENCE),
+    "SimPO": [
+        settings | {"gamma": settings["beta"] * share}
+        for share in (0.3, 0.8)
+        for settings in grid("simpo", beta=(2.0, 10.0), learning_rate=(2e-4, 5e-4))
+    ],
+    "CoH": grid("coh", **IMITATION),
+    "RLHF (RLOO)": grid("rlhf", kl_beta=(0.01, 0.03, 0.1, 0.3), learning_rate=(2e-4, 5e-4)),
 }
-RLHF_FLAGS = {"max_steps": 100, "learning_rate": 3e-4, "kl_beta": 0.15, "max_new_tokens": 64}
-CENTER = {"objective": "clha", "min_reward_gap": 1.0}  # of the sweeps: the default that they moved to 0.5
-SWEEPS = {  # one setting changed at a time
-    "margin": {value: CENTER | {"margin": value} for value in (0.0, 0.1, 0.3, 1.0, 3.0)},
-    "reward gap": {value: CENTER | {"min_reward_gap": value} for value in (0.0, 0.5, 1.0, 2.0)},
-    "weight of the SFT term": {value: CENTER | {"alpha": value} for value in (0.0, 0.01, 0.05, 0.2, 1.0)},
+RLHF_STEPS = 100
+NOTHING_KEPT = 1e6  # a reward gap that no pair has: the contrast is off
+ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings
+    "CLHA w/o gate": {"gate": False},
+    "CLHA w/o filter": {"min_reward_gap": 0.0},
+    "CLHA w/o gate and filter": {"gate": False, "min_reward_gap": 0.0},
+    "CLHA w/o contrast": {"min_reward_gap": NOTHING_KEPT},
+    "CLHA w/o contrast and gate": {"min_reward_gap": NOTHING_KEPT, "gate": False},
+    "CLHA w/o margin": {"margin": 0.0},
 }
+RELEASED: Settings = {"objective": "released", "learning_rate": 5e-4} | baselines.RELEASED
 
 
-def plan(noise: float, length: int) -> list[Settings]:
-    """The settings of all runs on the toy worlds of one kind; RLHF and the sweeps on the main one only."""
-    rows = methods(length) | ABLATIONS
-    is_main = noise == NOISE and length == 2
-    if not is_main or not find_spec("trl"):
-        del rows["RLHF"]
-    runs = list(rows.values())
-    if is_main:
-        for sweep in SWEEPS.values():
-            runs += sweep.values()
-    return runs
-
-
-def run_name(settings: Settings, length: int) -> str:
-    """The folder of a run: equal settings, equal name, so that rows of different tables share a run."""
+def settings_name(settings: Settings) -> str:
+    """The settings of a run in a line: "clha alpha=0.05 learning_rate=0.0005"."""
     values = dict(settings)
-    objective = values.pop("objective")
-    if objective == "clha":
-        defaults = {name: getattr(clha.Config, name) for name in ("margin", "min_reward_gap", "gate")}
-        values = defaults | {"alpha": 0.05 * (length - 1) ** 2} | values
-    parts = [f"{name}={value}" for name, value in values.items()]
-    return " ".join([objective, *parts])
+    return " ".join([values.pop("objective"), *(f"{name}={value:g}" for name, value in values.items())])
+
+
+def chosen(tuning: list[Record]) -> dict[str, Settings]:
+    """The settings with the highest mean dev gold of each method that is tuned to the end."""
+    golds: dict[str, list[float]] = {}
+    for row in tuning:
+        golds.setdefault(row["settings"], []).append(row["gold"])
+    best: dict[str, Settings] = {}
+    for method, settings in GRIDS.items():
+        found = [golds.get(settings_name(values), []) for values in settings]
+        if all(len(values) == len(TUNING_SEEDS) for values in found):
+            means = [statistics.mean(values) for values in found]
+            best[method] = settings[means.index(max(means))]
+    return best
+
+
+def compared(tuning: list[Record]) -> dict[str, Settings]:
+    """The rows of the study and their settings, as far as methods are tuned."""
+    rows = chosen(tuning)
+    if "CLHA" in rows:
+        rows |= {label: rows["CLHA"] | changes for label, changes in ABLATIONS.items()}
+    return {"base": {"objective": "base"}} | rows | {"CLHA as released": RELEASED}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,56 +123,42 @@ def run_name(settings: Settings, length: int) -> str:
 class World:
     """What all runs of a seed share."""
 
-    name: str  # of its kind, such as "toy, 2 responses, noise 0.2"
     folder: Path  # gets a folder per run
-    length: int  # responses per query
-    base: str | Path  # the language model to align
+    base: Path  # the language model to align
     train_data: Path  # scored records
-    dev_data: Path  # the same, for the likelihoods over training
+    dev_data: Path  # the same
     test_data: Path
-    rm_train: Path | None  # the reward model that scored the records, for RLHF too
-    rm_eval: str | Path  # the one of the evaluation, which no training sees
-    settings: Settings  # of clha.Config, for every run
-    max_new_tokens: int  # of a response to a test prompt
+    rm_train: Path  # the reward model that scored the records, for RLHF too
+    rm_eval: Path  # the one of the evaluation, which no training sees
 
 
-def world_name(noise: float, length: int) -> str:
-    """The name of a kind of toy world."""
-    return f"toy, {length} responses, noise {noise:g}"
-
-
-def toy_world(out: Path, seed: int, noise: float, length: int) -> World:
+def toy_world(out: Path, seed: int, noise: float = 0.2, length: int = 2) -> World:
     """A toy world; its seed's base model serves every noise and length, its reward models every length."""
-    home = out / "toy" / f"seed-{seed}"
+    home = out / f"seed-{seed}"
     noisy = home / f"noise-{noise:g}"
     folder = noisy / f"length-{length}"
-    data = folder / "data"
-    if not data.exists():
-        toy.write(data, seed, label_noise=noise, length=length)
-    base = train_base(data, home)
-    rm_train = train_reward_model(base, data / "rm_train.jsonl", noisy, seed)
-    rm_eval = train_reward_model(base, data / "rm_eval.jsonl", noisy, seed + 1)
-    return World(
-        name=world_name(noise, length),
-        folder=folder,
-        length=length,
-        base=base,
-        train_data=score(rm_train, data / "train.jsonl", folder),
-        dev_data=score(rm_train, data / "dev.jsonl", folder),
-        test_data=data / "test.jsonl",
-        rm_train=rm_train,
-        rm_eval=rm_eval,
-        settings=SMALL | {"learning_rate": LEARNING_RATE, "max_steps": STEPS},
-        max_new_tokens=64,
-    )
+    home.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(home / ".lock"):  # runs of a seed work side by side
+        data = folder / "data"
+        if not data.exists():
+            toy.write(data, seed, label_noise=noise, length=length)
+        base = train_base(data, home)
+        rm_train = train_reward_model(base, data / "rm_train.jsonl", noisy, seed)
+        rm_eval = train_reward_model(base, data / "rm_eval.jsonl", noisy, seed + 1)
+        train_data = score(rm_train, data / "train.jsonl", folder)
+        dev_data = score(rm_train, data / "dev.jsonl", folder)
+    return World(folder, base, train_data, dev_data, data / "test.jsonl", rm_train, rm_eval)
 
 
 def train_base(data: Path, home: Path) -> Path:
-    """The base model of a seed: SFT of an untrained model on random responses."""
-    labelled = stage("labels", data / "pretrain.jsonl", home)
-    learning = SMALL | {"learning_rate": 2e-3, "max_steps": 280, "lr_schedule": "cosine"}
-    paths = map(str, (data / "init", labelled, home / "base"))
-    return train(baselines.BaselineConfig(*paths, objective="sft", **learning))
+    """The base model of a seed: SFT of an untrained model on random responses, unless it is done."""
+    out = home / "base"
+    if not (out / "final").exists():
+        labelled = stage("labels", data / "pretrain.jsonl", home)
+        learning = SMALL | {"learning_rate": 2e-3, "max_steps": 280, "lr_schedule": "cosine"}
+        paths = map(str, (data / "init", labelled, out))
+        baselines.train(baselines.BaselineConfig(*paths, objective="sft", **learning))
+    return out / "final"
 
 
 def train_reward_model(base: Path, data: Path, folder: Path, seed: int) -> Path:
@@ -184,111 +189,107 @@ def score(reward_model: Path, records: Path, folder: Path) -> Path:
     return out
 
 
+def data_for(objective: str, world: World, data: Path) -> Path:
+    """The records as an objective needs them."""
+    needed = {"coh": "hindsight", "released": "ranked"} | dict.fromkeys(baselines.REFERENCED, "reference")
+    if objective not in needed:
+        return data
+    flags = ("--model", str(world.base)) if objective in baselines.REFERENCED else ()
+    with filelock.FileLock(world.folder / ".lock"):
+        return stage(needed[objective], data, world.folder, *flags)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-def train(config: clha.Config) -> Path:
-    """Trains unless it is done; the folder of the model. Raises InputError for a run of other settings."""
-    final = Path(config.output_dir, "final")
-    if final.exists():
-        found = reward.read_json(final.with_name("config.json"), {}, "the settings of a run")
-        free = {*clha.FREE, "model", "dtype"}  # a study may be moved
-        for name, value in asdict(config).items():
-            if name not in free and value is not None and found.get(name) != value:
-                wrong = f"holds a run of other settings ({name}); choose another --out"
-                raise InputError(f"{final.parent}: {wrong}")
-    elif isinstance(config, baselines.BaselineConfig):
-        baselines.train(config)
-    else:
-        clha.train(config)
-    return final
-
-
-def align(world: World, settings: Settings, seed: int) -> Path:
-    """Trains a run of a world unless it is done; the folder of its model."""
-    out = world.folder / run_name(settings, world.length)
+def align(world: World, settings: Settings, seed: int, out: Path) -> list[Path]:
+    """Trains a run into a folder; the folders of its last checkpoints, oldest first."""
     values = dict(settings)
     objective = values.pop("objective")
+    shutil.rmtree(out, ignore_errors=True)  # of a study that was stopped
     if objective == "rlhf":
-        return train_rlhf(world, out, seed)
-    train_data = data_for(objective, world, world.train_data)
-    dev_data = data_for(objective, world, world.dev_data)
-    paths = map(str, (world.base, train_data, out, dev_data))
-    values = world.settings | {"eval_every": 20, "seed": seed} | values
-    if objective == "clha":
-        return train(clha.Config(*paths, **values))
-    return train(baselines.BaselineConfig(*paths, objective=objective, **values))
-
-
-def data_for(objective: str, world: World, data: Path) -> Path:
-    """The records as an objective needs them."""
-    needed = {"coh": "hindsight", "released": "ranked", "dpo": "reference"}
-    if objective not in needed:
-        return data
-    flags = ("--model", str(world.base)) if objective == "dpo" else ()
-    return stage(needed[objective], data, world.folder, *flags)
-
-
-def train_rlhf(world: World, out: Path, seed: int) -> Path:
-    """Trains with study.rlhf unless it is done; the folder of the model."""
-    if not (out / "final").exists():
         flags = {"model": world.base, "train_data": world.train_data, "reward_model": world.rm_train}
-        flags |= {"output_dir": out, "seed": seed} | RLHF_FLAGS
-        argv = [f"--{name}={value}" for name, value in flags.items()]
-        rlhf.train(rlhf.parse_args(argv))
-    return out / "final"
+        flags |= {"output_dir": out, "seed": seed, "max_steps": RLHF_STEPS, "save_every": SAVE_EVERY}
+        flags |= {"max_new_tokens": 64} | values
+        rlhf.train(rlhf.parse_args([f"--{name}={value}" for name, value in flags.items()]))
+    else:
+        records = [data_for(objective, world, data) for data in (world.train_data, world.dev_data)]
+        values = SMALL | {"max_steps": 80, "seed": seed, "save_every": SAVE_EVERY} | values
+        values |= {"dev_data": str(records[1]), "eval_every": values["max_steps"], "checkpoint_every": 0}
+        values |= {"token_cache": str(world.folder / "tokens")}
+        paths = map(str, (world.base, records[0], out))
+        if objective == "clha":
+            clha.train(clha.Config(*paths, **values))
+        else:
+            baselines.train(baselines.BaselineConfig(*paths, objective=objective, **values))
+    return clha.checkpoints(out)[-AVERAGED:]
 
 
-def evaluate_run(world: World, name: str, model: Path, seed: int, reward_model: reward.RewardModel) -> None:
-    """Generates and scores responses to the test prompts, and leaves the run's row for the report."""
-    folder = world.folder / name
-    if (folder / "row.json").exists():
-        return
-    options: dict[str, Any] = {"max_new_tokens": world.max_new_tokens}
-    if name == "coh":
+def average(folders: list[Path]) -> tuple[Any, clha.Tokenizer]:
+    """The model whose weights are the mean of these, and its tokenizer."""
+    sums: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        model, tokenizer = evaluate.load(str(folder), torch.device("cpu"))
+        for name, weight in model.state_dict().items():
+            sums[name] = sums.get(name, 0) + weight
+    model.load_state_dict({name: total / len(folders) for name, total in sums.items()})
+    return model, tokenizer
+
+
+def respond(model: Any, tokenizer: clha.Tokenizer, records: list[Record], objective: str) -> list[str]:
+    """Greedy responses to the prompts of records; chain of hindsight is asked for a good answer."""
+    options: dict[str, Any] = {"max_new_tokens": 64, "batch_size": 200}
+    if objective == "coh":
         options |= {"response_prefix": baselines.GOOD, "stop_strings": (baselines.GOOD, baselines.BAD)}
-    records = reward.read_records(world.test_data)
-    responses = folder / "responses.jsonl"
-    evaluate.write_responses(str(model), records, responses, **options)
-    if world.rm_train:  # the toy world
-        with_gold = folder / "with_gold.jsonl"
-        toy.add_gold(str(world.test_data), str(responses), with_gold)
-        responses = with_gold
-    summaries = evaluate.score_file(str(responses), records, reward_model, folder / "eval")
-    summary = summaries["Total"]
-    row: Record = {"world": world.name, "seed": seed, "run": name}
-    for score_name in ("gold", "reward", "char_bleu"):
-        if score_name in summary:
-            row[score_name] = summary[score_name]["mean"]
-    row["word_bleu"] = summary["word_bleu"]
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file() and name not in ("coh", "rlhf"):
-        row["likelihoods"] = likelihoods(metrics)
-    if world.rm_train:
-        row["anatomy"] = anatomy(folder / "eval/responses.jsonl")
-    if world.rm_train and name == "base":
-        report = world.rm_train / "training.json"
-        training = reward.read_json(report, {}, "a report of reward.py")
-        seen = {"agrees with labels": training["accuracy"], "mean reward": training["mean_reward"]}
-        row["rescoring"] = seen | rescoring(reward.read_records(world.train_data, ["rewards"]))
-    reward.write_jsonl(folder / "row.json", [row])
+    return evaluate.generate(model, tokenizer, [record["prompt"] for record in records], **options)
 
 
-def likelihoods(metrics: Path) -> dict[str, float]:
-    """Dev log-probs per token of chosen and rejected responses, in the first evaluation and in the last."""
-    rows = [row for _, row in clha.read_jsonl(metrics) if "eval/logps/chosen" in row]
-    found = {}
-    for name in ("chosen", "rejected"):
-        found[f"{name}, first"] = rows[0][f"eval/logps/{name}"]
-        found[f"{name}, last"] = rows[-1][f"eval/logps/{name}"]
-    return found
+def measure(world: World, settings: Settings, seed: int, split: str, out: Path) -> Record:
+    """A run's scores: gold of its dev responses, or all that the report has of its test responses."""
+    objective = settings["objective"]
+    start = time.perf_counter()
+    folders = [world.base] if objective == "base" else align(world, settings, seed, out)
+    seconds = time.perf_counter() - start
+    model, tokenizer = average(folders)
+    records = reward.read_records(world.dev_data if split == "dev" else world.test_data)
+    responses = respond(model, tokenizer, records, objective)
+    golds = [toy.gold(record["prompt"], text) for record, text in zip(records, responses, strict=True)]
+    row: Record = {"gold": statistics.mean(golds)}
+    if split == "dev":
+        return row
+    given = [{"response": text, "gold": gold} for text, gold in zip(responses, golds, strict=True)]
+    rows = evaluate.score_responses(records, given, reward.load_reward_model(str(world.rm_eval)))
+    row |= scores(rows) | {"subsets": {}, "tasks": {}}
+    for subset in toy.SUBSETS:
+        row["subsets"][subset] = scores([line for line in rows if line["subset"] == subset])
+    for task in toy.TASKS:
+        own = [line["gold"] for line in rows if toy.task_of(line["prompt"]) is toy.TASKS[task]]
+        row["tasks"][task] = [len(own), sum(own)]
+    parts = [toy.anatomy(line["prompt"], line["response"]) for line in rows]
+    row["anatomy"] = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
+    if objective == "base":
+        row["rescoring"] = rescoring(reward.read_records(world.train_data, ["rewards"]))
+        row["rescoring"]["mean reward"] = reward.read_json(
+            world.rm_train / "training.json", {"mean_reward": float}, "a report of reward.py"
+        )["mean_reward"]
+        return row
+    log = [line for _, line in clha.read_jsonl(out / "metrics.jsonl")]
+    row["seconds"] = seconds
+    if objective == "rlhf":
+        row["tokens"] = max(line.get("num_tokens", 0) for line in log)
+    else:
+        row["tokens"] = round(sum(line["tokens_per_second"] * line["seconds"] for line in log))
+        for name in ("chosen", "rejected"):
+            row[f"logps/{name}"] = log[-1][f"eval/logps/{name}"]
+    return row
 
 
-def anatomy(responses: Path) -> dict[str, float]:
-    """What the toy responses of a run are made of, on average."""
-    parts = [toy.anatomy(row["prompt"], row["response"]) for _, row in clha.read_jsonl(responses)]
-    return {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
+def scores(rows: list[Record]) -> dict[str, float]:
+    """Mean scores of lines of `evaluate.score_responses`."""
+    means = {name: statistics.mean(row[name] for row in rows) for name in ("gold", "reward", "char_bleu")}
+    words = evaluate.word_bleu([row["response"] for row in rows], [row["reference"] for row in rows])
+    return means | {"word_bleu": words}
 
 
 def rescoring(records: list[Record]) -> dict[str, float]:
@@ -311,59 +312,95 @@ def rescoring(records: list[Record]) -> dict[str, float]:
     return {name: share.float().mean().item() for name, share in shares.items()}
 
 
-def run_all(world: World, runs: list[Settings], seed: int) -> None:
-    """Trains and evaluates a run of each of these settings in a world, and evaluates its base model."""
-    reward_model = reward.load_reward_model(str(world.rm_eval))
-    evaluate_run(world, "base", world.base, seed, reward_model)
-    for settings in tqdm(runs, desc=str(world.folder), disable=None):
-        model = align(world, settings, seed)
-        evaluate_run(world, run_name(settings, world.length), model, seed, reward_model)
+# ------------------------------------------------------------------------------------------------------------
+# Many runs
 
 
-def run_toy(args: argparse.Namespace) -> None:
-    """every objective and ablation on each toy world, and the sweeps on one of each seed"""
-    for seed in args.seeds:
-        for noise, length in itertools.product(NOISES, LENGTHS):
-            run_all(toy_world(args.out, seed, noise, length), plan(noise, length), seed)
+@dataclass
+class Task:
+    """A run that has no row yet."""
+
+    seed: int
+    method: str
+    settings: Settings
+    split: str  # "dev" or "test"
 
 
-def run_real(args: argparse.Namespace) -> None:
-    """the main objectives on real records; the seeds draw the order of the data only"""
-    data = Path(args.data)
-    rows = methods(2) | ABLATIONS
-    names = ("SFT", "RRHF, CLHA's SFT", "PRO", "DPO", "CLHA", "CLHA w/o rescore")
-    for seed in args.seeds:
-        world = World(
-            name="real",
-            folder=args.out / "real" / f"seed-{seed}",
-            length=2,
-            base=args.model,
-            train_data=data / "train.jsonl",
-            dev_data=data / "dev.jsonl",
-            test_data=data / "test.jsonl",
-            rm_train=None,
-            rm_eval=args.reward_model,
-            settings={},
-            max_new_tokens=128,
-        )
-        run_all(world, [rows[name] for name in names], seed)
+def perform(task: Task, out: Path) -> Record:
+    """Trains and measures a run in its world; its row."""
+    start = {"seed": task.seed, "method": task.method, "settings": settings_name(task.settings)}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        world = toy_world(out, task.seed)
+        folder = world.folder / start["settings"]
+        row = start | measure(world, task.settings, task.seed, task.split, folder)
+    shutil.rmtree(folder, ignore_errors=True)  # its row says it all
+    return row
+
+
+def one_thread() -> None:
+    """Prepares a process that works beside others."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+
+
+def perform_all(tasks: list[Task], path: Path, args: argparse.Namespace) -> None:
+    """Adds the rows of tasks to a file, as they end."""
+    rows = read_rows(path)
+    done = {(row["seed"], row["method"], row["settings"]) for row in rows}
+    known = [task for task in tasks if (task.seed, task.method, settings_name(task.settings)) in done]
+    todo = [task for task in tasks if task not in known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs, one_thread)
+    with pool, tqdm(desc=str(path), total=len(tasks), initial=len(known)) as bar:
+        for row in pool.imap_unordered(partial(perform, out=args.out), todo):
+            reward.append_jsonl(path, [row])
+            bar.update()
+
+
+def read_rows(path: Path) -> list[Record]:
+    """The rows of a file; none if there is no such file."""
+    return [row for _, row in clha.read_jsonl(path)] if path.exists() else []
+
+
+def tune(args: argparse.Namespace) -> None:
+    """dev gold of eight settings per method on the tuning seeds, as OUT/tuning.jsonl"""
+    tasks = []
+    for method in args.methods or GRIDS:
+        for settings, seed in itertools.product(GRIDS[method], TUNING_SEEDS):
+            tasks.append(Task(seed, method, settings, "dev"))
+    perform_all(tasks, args.out / "tuning.jsonl", args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """test gold of the tuned methods and of CLHA's ablations on fresh seeds, as OUT/fresh.jsonl"""
+    rows = compared(read_rows(args.tuning))
+    missing = [method for method in args.methods or [*GRIDS] if method not in rows]
+    if missing:
+        raise InputError(f"{args.tuning}: {missing[0]} is not tuned to the end; see `study.run tune`")
+    tasks = []
+    for start in range(0, len(args.seeds), args.jobs):  # as many worlds at a time as there are jobs
+        seeds = args.seeds[start : start + args.jobs]
+        for method, seed in itertools.product(args.methods or rows, seeds):
+            tasks.append(Task(seed, method, rows[method], "test"))
+    perform_all(tasks, args.out / "fresh.jsonl", args)
 
 
 def main() -> None:
     """Parses the command line and runs a part of the study."""
     parser = reward.Parser(description=__doc__)
-    for name, run in (("toy", run_toy), ("real", run_real)):
+    for name, run in (("tune", tune), ("compare", compare)):
         flag = parser.add_command(name, run)
-        flag("--out", type=Path, default=Path("out/study"), help="folder for the runs")
-        flag("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a world each")
-    flag("--data", required=True, help="folder of train.jsonl, dev.jsonl and test.jsonl")
-    flag("--model", required=True, help="language model: a folder or a hub name")
-    flag("--reward_model", required=True, help="that of the evaluation")
+        flag(
+            "--out", type=Path, default=Path("out/study"), help="folder for the rows, and for worlds and runs"
+        )
+        flag("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each")
+        flag("--methods", nargs="+", help="only these rows of the study, such as CLHA PRO")
+    flag("--seeds", type=int, nargs="+", default=[*FRESH_SEEDS], help="a world each")
+    flag("--tuning", type=Path, default=ROWS / "tuning.jsonl", help="rows that the settings follow from")
     args = parser.parse_args()
-    reward.check_numbers(args)
+    reward.check_numbers(args, ["jobs"])
     reward.check_output(args.out, "folder")
-    with contextlib.redirect_stdout(io.StringIO()):  # what each run prints; progress bars are on stderr
-        args.run(args)
+    args.run(args)
 
 
 if __name__ == "__main__":
