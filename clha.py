@@ -5,13 +5,13 @@ A reward model has scored the responses to each prompt. CLHA fine-tunes a langua
     L_total = sum_{i<j} (1 - k_ij) max(0, p_j - p_i + margin (j - i))  +  alpha (1 - lambda) L_sft     Eq. 3-7
 
 where p_i is the mean log-probability of the i-th best response, k drops pairs whose rewards are too close,
-and lambda drops the imitation of the best response where its reward is not above zero. The code speaks of
+and lambda drops the imitation of the best response where its reward is not above zero. The code names
 what stays: `keep` is 1 - k, `gate` is 1 - lambda. Rewards are used as they are, neither scaled nor centered.
-Read it from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data flow in a straight line:
+Read from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data flow in a straight line:
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
-This starts a run, and resumes one that was stopped; out/final is then a Hugging Face folder:
+This starts a run or resumes a stopped one; in the end out/final is a Hugging Face folder:
 
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
@@ -37,7 +37,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
@@ -87,13 +87,12 @@ class Config:
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
-    margin: float = option(0.3, "of Eq. 6, in nats per token")
+    margin: float = option(0.3, "in nats per token (Eq. 6)")
     min_reward_gap: float = option(0.5, "a pair whose rewards differ by no more than this is left out: k = 1")
-    gate: bool = option(True, "a best response with a reward of 0 or less is not imitated: lambda = 1")
-    alpha: float | None = option(None, "of Eq. 7; default 0.05 (l - 1)^2, l the low median of responses")
+    gate: bool = option(True, "whether the best response is imitated only if its reward is above 0")
+    alpha: float | None = option(None, "Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
     # Tokens
-    template: str = option("auto", "auto: the model's chat template, else hh; hh: as in HH-RLHF; or a file")
-    template_args: str = option("", "what the template is given, such as enable_thinking=false")
+    template: str = option("auto", "auto: the model's; NAME=VALUE: set in that; hh: HH-RLHF's; or a file")
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
     max_prompt_length: int = option(384, "tokens of a prompt; its beginning is cut, or a chat's oldest turns")
     # Optimization
@@ -109,7 +108,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
-    seed: int = option(42, "of LoRA and the order of the data, for any number of processes; of dropout")
+    seed: int = option(42, "for data order and LoRA (alike on any number of processes), and dropout")
     # Speed and memory: none of these changes a result by more than rounding
     pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
@@ -120,7 +119,7 @@ class Config:
     save_every: int = option(0, "steps between model folders OUTPUT_DIR/step-N (release: 600); 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints to resume from; 0: only when stopped")
     tracker: Literal["", "wandb", "trackio", "mlflow", "tensorboard"] = option("", "gets the metrics too")
-    deterministic: bool = option(False, "on a GPU, only kernels that give the same bits again; slower")
+    deterministic: bool = option(False, "on a GPU, use only deterministic kernels; slower")
 
 
 # 2. Records -------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
         end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token else []
         whole = {"truncation": False, "padding": False}  # overrides what was saved with the tokenizer
         return tokenizer(render(turns), split_special_tokens=True, **whole).input_ids + end
-    # MARK goes into special tokens that someone typed, and keeps them from being some; then it is left out.
+    # MARK splits special tokens that someone typed, so they stay plain text; then it is left out.
     special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
     defuse = partial(re.sub, special, lambda found: f"{found[0][0]}{MARK}{found[0][1:]}")
     marked = [turn | {"content": defuse(turn["content"])} for turn in turns]
@@ -230,7 +229,7 @@ def cut_prompt(ids: list[int], limit: int, bos: int | None) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | None:
-    """A record as ids; None for a chat whose last user turn is too long. Raises InputError for odd ids."""
+    """A record as ids; None for a chat whose last user turn is too long. Raises InputError for bad ids."""
     turns = recent_turns(record["prompt"], tokenizer, config.max_prompt_length)
     if not turns:
         return None
@@ -243,9 +242,9 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
         ids = dialogue_ids([*turns, {"role": "assistant", "content": text}], tokenizer)
         response = ids[len(whole_prompt) :]
         if ids[: len(whole_prompt)] != whole_prompt:
-            raise InputError(f"response {i}: its dialogue does not begin as its prompt; see --template_args")
+            raise InputError(f"response {i}: dialogue does not begin with its prompt; see --template")
         if end not in response[1:]:
-            raise InputError(f"response {i}: has no tokens, or no token that ends it")
+            raise InputError(f"response {i}: has no tokens, or no end-of-turn token")
         response = response[: response.index(end) + 1]  # templates add a line break, or EOS
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
@@ -254,13 +253,13 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
 
 
 # 4. Packs ---------------------------------------------------------------------------------------------------
-# Several queries in one row, without padding; each prompt stands once for all its responses.
+# Several queries in one row, without padding; each prompt occurs once for all its responses.
 #
 #     ids       <s> P  P  P  a  a  </s>  b  b  b  </s>  |  <s> Q  Q  c  </s>  d  d  </s>
 #     position   0  1  2  3  4  5   6    4  5  6   7    |   0  1  2  3   4    3  4   5
 #     response  -1 -1 -1 -1  0  0   0    1  1  1   1    |  -1 -1 -1  0   0    1  1   1
 #
-# A token sees itself and the earlier tokens of its own query that are prompt or its own response. So each
+# A token sees itself and the earlier tokens of its own query's prompt and of its own response. So each
 # response gets exactly the log-probability that it has alone, and the prompt is computed once.
 
 
@@ -280,7 +279,7 @@ class Pack:
 
 
 def pack(examples: list[Example], device: torch.device | str = "cpu", length: int = 0) -> Pack:
-    """Examples as one Pack; for flex it is filled to `length` tokens, and the filling counts nowhere."""
+    """Examples as one Pack; for flex it is filled to `length` tokens; the filler counts nowhere."""
     rows = []  # of each token: id, position, response or -1, query
     targets = []
     sources = []
@@ -335,7 +334,7 @@ def pack_attention(
 ) -> tuple[Tensor, None]:
     """Attention over a pack, one query at a time, for transformers: (1, heads, N, d) -> (1, N, heads, d)."""
     if settings.get("s_aux") is not None or settings.get("softcap") is not None:
-        raise ValueError("packs know neither attention sinks nor soft caps")
+        raise ValueError("packs allow no attention sinks or soft caps")
     masks = settings["pack_mask"]
     sizes = [len(mask) for mask in masks]
     grouped = query.shape[1] != key.shape[1]  # several query heads share a key head
@@ -361,7 +360,7 @@ def hidden_states(decoder: PreTrainedModel, pack: Pack) -> Tensor:
     return decoder(**inputs, **masks, use_cache=False).last_hidden_state[0]
 
 
-MAX_LOGITS = 2**25  # so many exist at a time: 128 MiB in float32, and a few copies of it
+MAX_LOGITS = 2**25  # at most this many at a time: 128 MiB in float32, and a few copies
 
 
 class Policy(nn.Module):
@@ -402,17 +401,17 @@ class Policy(nn.Module):
 
 
 # 6. Rescoring and the losses --------------------------------------------------------------------------------
-# Pure functions of (B, l) log-probs and rewards. The responses of a query stand best first; a query with
+# Pure functions of (B, l) log-probs and rewards. The responses of a query come best first; a query with
 # fewer than l has NaN rewards in the places left over.
 
 
 def mean_logps(sum_logps: Tensor, lengths: Tensor) -> Tensor:
-    """p of Eq. 3, in nats per token: (B, l), (B, l) -> (B, l). A mean, as sums would favor the short."""
+    """p of Eq. 3, in nats per token: (B, l), (B, l) -> (B, l). A mean: sums favor short responses."""
     return sum_logps / lengths.clamp(min=1)
 
 
 def rescore(rewards: Tensor, min_reward_gap: float, use_gate: bool = True) -> tuple[Tensor, Tensor]:
-    """Which pairs train, and which queries are imitated (Section 2.1): (B, l) -> bool (B, l, l), (B,)."""
+    """Which pairs and which best responses train (Section 2.1): (B, l) -> bool (B, l, l), (B,)."""
     gap = (rewards[:, :, None] - rewards[:, None, :]).abs()  # (B, l, l)
     keep = (gap > min_reward_gap).triu(1)  # 1 - k of Eq. 5, for i < j; never with NaN
     gate = (rewards[:, 0] > 0) | (not use_gate)  # 1 - lambda of Eq. 7
@@ -494,8 +493,8 @@ def load(kind: Any, path: str, **settings: Any) -> Any:
     return model
 
 
-def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -> Tokenizer:
-    """The tokenizer of a model, in the template that `Config` names. Raises InputError if it goes wrong."""
+def load_tokenizer(path: str, template: str = "auto") -> Tokenizer:
+    """The tokenizer of a model, with the template that `Config` names. Raises InputError if that fails."""
     if (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"{path}: holds LoRA adapters; `python evaluate.py merge` makes a model of them")
     tokenizer = load(transformers.AutoTokenizer, path)
@@ -504,24 +503,21 @@ def load_tokenizer(path: str, template: str = "auto", template_args: str = "") -
         raise InputError(f"{path}: the tokenizer has no EOS, or tokens beyond the {known} of the model")
     if "llama" in type(tokenizer).__name__.lower() and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         # transformers 5 builds such a tokenizer from a bare tokenizer.model, and it merges wrongly, too
-        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json")
+        raise InputError(f"{path}: the LLaMA tokenizer drops BOS; the folder needs a valid tokenizer.json")
     if template == "hh":
         tokenizer.chat_template = None
-    elif template != "auto":
-        if not Path(template).is_file():
-            raise InputError(f"--template {template}: neither auto nor hh nor a file")
+    elif Path(template).is_file():
         try:
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except ValueError as error:
             raise InputError(f"--template {template}: not UTF-8 ({reason(error)})") from None
-    if template_args:  # as a part of the template they go into final/ with it
+    elif template != "auto":  # NAME=VALUE becomes a part of the template, and goes into final/ with it
         text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        found = re.fullmatch(
-            r"\s*(\w+)\s*=\s*(true|false|none|-?[\d.]+|\"[^\"]*\"|'[^']*')\s*", template_args, re.I
-        )
+        found = re.fullmatch(r"(\w+)=(true|false|none|-?[\d.]+|\"[^\"]*\")", template)
         if not found or not re.search(rf"\b{found[1]}\b", text):
-            raise InputError(f"--template_args {template_args}: not NAME=VALUE with a name of the template")
-        tokenizer.chat_template = f"{{%- set {template_args} %}}{text}"
+            need = "auto, hh, a file, or NAME=VALUE with a name that the model's own template reads"
+            raise InputError(f"--template {template}: must be {need}")
+        tokenizer.chat_template = f"{{%- set {template} %}}{text}"
     return tokenizer
 
 
@@ -533,7 +529,7 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
         except ImportError:
             raise InputError("--lora_rank: needs Hugging Face's peft: pip install peft") from None
         torch.manual_seed(config.seed)
-        if Path(config.model).is_dir():  # final/ says where its base is, from anywhere
+        if Path(config.model).is_dir():  # final/ names its base by an absolute path
             model.name_or_path = str(Path(config.model).resolve())
         shape = {"r": config.lora_rank, "lora_alpha": 2 * config.lora_rank, "target_modules": "all-linear"}
         model.add_adapter(LoraConfig(task_type="CAUSAL_LM", **shape))
@@ -598,7 +594,7 @@ def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
     return policy, on_first_process(digest.hexdigest)
 
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats per token; rounding makes less, a leak makes more
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats per token; rounding stays below, a leak above
 
 
 def check_policy(policy: Policy, example: Example, longest: int, dtype: str, length: int = 0) -> None:
@@ -636,7 +632,7 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
 
     def write() -> None:
         if path.exists():  # this run saved it before it was killed, or it is the user's
-            print(f"kept    {path}, which was there")
+            print(f"kept    {path}: already there")
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
         state = {name: weight.to(model.dtype) for name, weight in weights.items() if name not in tied}
@@ -663,13 +659,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def file_hash(path: str | Path) -> str:
-    """A hash of a file's content, as fast as it can be read."""
+    """A fast hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def state_tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights that train, and AdamW's moments of them if it has any yet, by name."""
+    """By name, the weights that train, and their AdamW moments if there are any yet."""
     state = {}
     for name, weight in policy.model.named_parameters():
         if weight.requires_grad:
@@ -701,7 +697,7 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
 
 
 def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str, Any]) -> int:
-    """Sets weights and AdamW to a checkpoint's, and gives its step. Raises InputError if it does not fit."""
+    """Loads a checkpoint's weights and AdamW; returns its step. Raises InputError if it does not fit."""
 
     def check() -> None:
         try:
@@ -727,10 +723,10 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 REWARDS = ("rewards",)
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # at one of them a run saves a checkpoint and ends
-MAX_SKIPPED = 5  # so many consecutive steps that are not finite end the run
-# What may change when a run resumes, as may the number of processes. Training data and model may have another
-# name, but not another content: `identity` in `train`.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # on either, a run saves a checkpoint and ends
+MAX_SKIPPED = 5  # this many non-finite steps in a row end the run
+# What may change when a run resumes, as may the number of processes. Training data and model may be renamed,
+# but not changed: `identity` in `train`.
 FREE = {
     *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
     *("pack_tokens", "activation_checkpointing", "replicate", "tracker"),
@@ -758,7 +754,7 @@ def load_examples(
                 yield example | {name: [*map(float, record[name])] for name in fields}
             kept += bool(example)
             left_out += not example
-        wrong = f"{left_out} queries have system and last turns of over --max_prompt_length tokens"
+        wrong = f"{left_out} queries exceed --max_prompt_length with system and last turns alone"
         if not kept:
             raise InputError(f"{path}: nothing is left; {wrong}")
         if left_out:
@@ -793,7 +789,9 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
     per_epoch = queries // config.batch_size
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
-        raise InputError(f"--batch_size {config.batch_size}: there are only {queries} queries")
+        raise InputError(
+            f"--batch_size {config.batch_size}: must be at most {queries}, the queries there are"
+        )
     if not 1 <= steps < 2**24:
         raise InputError(f"--epochs {config.epochs:g}: makes {steps:,} steps of {config.batch_size} queries")
     order = []
@@ -821,7 +819,7 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
 
 
 def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group: int = 1) -> int:
-    """The tokens of a pack, in tiles of 128: the fullest step's, spread evenly over packs, and 5 % more."""
+    """Tokens per pack, rounded up to tiles of 128: the fullest step's, spread evenly, and 5 % more."""
     steps = [sum(sizes[i] for i in indices) for indices in order]
     fullest = max(steps) / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
@@ -855,7 +853,7 @@ def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> 
             loss, metrics = loss_fn(mean_logps(sum_logps, batch.lengths), sum_logps, **batch.values)
         if train:  # FSDP averages gradients over the processes, and this is to be their sum
             (loss * batch.share * dist.get_world_size()).backward()
-        metrics = {"loss": loss.detach()} | metrics  # which need not have it
+        metrics = {"loss": loss.detach()} | metrics  # unless metrics have it
         totals = {name: totals.get(name, 0) + value * batch.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
@@ -873,14 +871,14 @@ def train(
 
     Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics: 0-d
     tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
-    `load_examples`; `group` consecutive queries share a pack, for a loss over several; CLHA's needs none.
-    Raises InputError for settings, data or a model that are wrong.
+    `load_examples`; `group` consecutive queries share a pack, for a loss over several, unlike CLHA's.
+    Raises InputError for wrong settings, data or model.
     """
     process, processes, device = init_process()
     config = settle(config, device)
     output = Path(config.output_dir)
     with claimed(output):
-        tokenizer = load_tokenizer(config.model, config.template, config.template_args)
+        tokenizer = load_tokenizer(config.model, config.template)
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
         dev_data = load_data(config.dev_data) if config.dev_data else []
@@ -897,18 +895,19 @@ def train(
             on_first_process(lambda: check_rewards([*examples["rewards"]], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
-        trackers = []  # one, on the first process
-        on_first_process(lambda: trackers.append(start_tracker(config)))
+        trackers = []  # one, on the first process, if it is asked for
+        if config.tracker:
+            on_first_process(lambda: trackers.append(start_tracker(config)))
         order = data_order(len(examples), config)
         sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
         lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
         limit = pack_limit(sizes, order, config.pack_tokens, group)
         policy, model_hash = load_policy(config, device)
-        # On a GPU packs are filled to one length, as flex_attention is compiled for it. It knows no dropout.
+        # On a GPU packs are filled to one length, for which flex_attention is compiled; it has no dropout.
         dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
         fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
         packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
-        # Near 512 tokens: long enough to show a leak, short for plain attention, whose memory is quadratic.
+        # Near 512 tokens: long enough to show a leak, short enough for plain attention's quadratic memory.
         probe = examples[min(range(len(examples)), key=lambda i: abs(lengths[i] - 512))]
         check_policy(policy, probe, max(lengths), config.dtype, limit if fill else 0)
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
@@ -930,14 +929,14 @@ def train(
             print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
             size = policy.model.num_parameters(only_trainable=True)
             responses = f"{median_low(counts)} responses (at most {max(counts)})"
-            disk = f"{12 * size / 1e9:,.3g} GB, two kept and one being written"
+            disk = f"{12 * size / 1e9:,.3g} GB, and up to three may exist"
             print(f"train   {size:,} parameters; a checkpoint takes {disk}")
             print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
         signals = []  # held until the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))
-        skipped = 0  # so many steps in a row were not finite
+        skipped = 0  # steps in a row that were not finite
         bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
         for step, indices in enumerate(bar, done + 1):
             start = time.perf_counter()
@@ -968,8 +967,8 @@ def train(
                 with log.open("a") as file:
                     print(json.dumps({"step": step} | row), file=file)
                 try:
-                    for track in trackers:
-                        track(metrics, step)
+                    for tracker in trackers:
+                        tracker.log(metrics, step)
                 except Exception as error:  # of a network
                     print(f"warning --tracker: {reason(error)}; nothing more is sent")
                     trackers.clear()
@@ -1044,7 +1043,7 @@ def on_first_process(work: Callable[[], Any]) -> Any:
 
 
 def settle(config: Config, device: torch.device) -> Config:
-    """A copy of the settings with what the device decides filled in. Raises InputError for wrong ones."""
+    """A copy of the settings with device defaults filled in. Raises InputError for wrong settings."""
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
         if isinstance(value, int | float) and not least <= value < 2**32:
@@ -1066,7 +1065,7 @@ def settle(config: Config, device: torch.device) -> Config:
 
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Makes a folder this run's own, until the end. Raises InputError if it is another's, or finished."""
+    """Claims a folder for this run, until the end. Raises InputError if it is another's, or finished."""
     lock = filelock.FileLock(output / ".lock", timeout=0)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -1088,31 +1087,21 @@ def claimed(output: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def start_tracker(config: Config) -> Callable[[dict[str, float], int], Any]:
-    """What sends the numbers of a step, and its number, to --tracker; nothing is sent unless it is given."""
+def start_tracker(config: Config) -> Any:
+    """The object that logs a step's metrics to --tracker, by Hugging Face's accelerate."""
     try:
-        match config.tracker:
-            case "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        from accelerate import PartialState, tracking
 
-                writer = SummaryWriter(f"{config.output_dir}/tensorboard")
-                return lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]
-            case "mlflow":
-                import mlflow
-
-                mlflow.log_params(asdict(config))
-                return mlflow.log_metrics
-            case "wandb":
-                import wandb as tracker
-            case "trackio":
-                import trackio as tracker
-            case _:
-                return lambda metrics, step: None
-        tracker.init(project="clha", name=Path(config.output_dir).name, config=asdict(config))
-        return lambda metrics, step: tracker.log(metrics, step=step)
-    except ImportError:
-        raise InputError(f"--tracker {config.tracker}: not installed; pip install {config.tracker}") from None
-    except Exception as error:
+        PartialState()  # accelerate's own view of the processes, which its log needs
+        kind = tracking.LOGGER_TYPE_TO_CLASS[config.tracker]
+        folder = {"logging_dir": config.output_dir} if kind.requires_logging_directory else {}
+        tracker = kind("clha", **folder)
+        tracker.start()
+        tracker.store_init_configuration(asdict(config))
+        return tracker
+    except ImportError as error:
+        raise InputError(f"--tracker: pip install accelerate {config.tracker} ({reason(error)})") from None
+    except Exception as error:  # of a network
         raise InputError(f"--tracker {config.tracker}: {reason(error)}") from error
 
 
@@ -1153,10 +1142,11 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     if type(chosen) is not int or not 0 <= chosen < len(texts):
         return f'"chosen" must be the index of a response, 0 to {len(texts) - 1}'
     if not isinstance(record.get("id", ""), str | int) or not isinstance(record.get("subset", ""), str):
-        return '"id" must be a text or an integer, and "subset" a text'
+        return '"id" must be a string or integer, "subset" a string'
     missing = {*need} - record.keys()
     if missing:
-        return f'no "{min(missing)}"; `python reward.py score` adds rewards'
+        hint = "; `python reward.py score` adds them" if "rewards" in missing else ""
+        return f'no "{min(missing)}", a list with a number per response{hint}'
     for name in {"rewards", *need} & record.keys() - {"chosen"}:
         numbers = record[name] if isinstance(record[name], list) else []
         finite = [type(number) in (int, float) and abs(number) < 1e38 for number in numbers]
@@ -1200,11 +1190,15 @@ def run(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows a description as it is written, and the default of each flag."""
+
+
 def main() -> None:
     """Trains as the flags say; see --help."""
-    about = __doc__.splitlines()[0]  # without the usage, a wrong flag is one line
-    parser = transformers.HfArgumentParser(Config, description=about, usage=SUPPRESS, allow_abbrev=False)
-    train(Config(**vars(parser.parse_args())))
+    about = {"description": __doc__, "formatter_class": HelpFormatter}
+    about |= {"usage": SUPPRESS, "allow_abbrev": False}  # without the usage, a wrong flag is one line
+    train(Config(**vars(transformers.HfArgumentParser(Config, **about).parse_args())))
 
 
 if __name__ == "__main__":

@@ -143,11 +143,11 @@ def prompt_ids(
 
 
 def load(
-    path: str, device: torch.device, template: str = "auto", template_args: str = ""
+    path: str, device: torch.device, template: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model to generate with, in bfloat16 on a GPU, and its tokenizer, which can pad."""
     gc.collect()  # a model compiled earlier is in a reference cycle and still holds its memory
-    tokenizer = clha.load_tokenizer(path, template, template_args)
+    tokenizer = clha.load_tokenizer(path, template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -169,7 +169,6 @@ def write_responses(
     batch_size: int = 64,
     seed: int = 42,
     template: str = "auto",
-    template_args: str = "",
     **options: Any,
 ) -> None:
     """Writes `num_responses` lines {"id", "response", "finished"} per record; `options` are of `sample`.
@@ -178,7 +177,7 @@ def write_responses(
     was interrupted and resumed.
     """
     rank, processes, device = clha.init_process()
-    model, tokenizer = load(path, device, template, template_args)
+    model, tokenizer = load(path, device, template)
     items = []
     for record in records:
         try:  # what does not fit is said before the work begins, on every process
@@ -244,7 +243,7 @@ def read_responses(path: str, records: list[Record]) -> list[Record]:
         item, text = read_line(line)
         if not isinstance(item, str) or not isinstance(text, str):
             shown = textwrap.shorten(json.dumps(line), 200)
-            need = 'needs "id" and "response", two texts, or a line of OpenAI\'s batch output that succeeded'
+            need = 'needs "id" and "response", two strings, or a successful line of OpenAI\'s batch output'
             raise InputError(f"{path}, line {number}: {need}, not {shown}")
         if item not in known:
             raise InputError(f"{path}, line {number}: no record has the id {item}")
@@ -453,9 +452,9 @@ def plot_steps(summaries: dict[str, dict[str, Any]], path: str) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """responses of models"""
-    reward.check_output(args.out, "file" if len(args.model) == 1 else "folder")
+    reward.check_output(args.out, "new" if len(args.model) == 1 else "folder")
     if args.num_responses > 1 and args.temperature == 0:
-        raise InputError("--num_responses: greedy responses are all the same; it needs --temperature above 0")
+        raise InputError("--num_responses: greedy responses are all the same; use --temperature above 0")
     if "" in args.stop_strings:
         raise InputError("--stop_strings: an empty text would end every response")
     options = vars(args) | {"stop_strings": tuple(args.stop_strings)}
@@ -467,11 +466,15 @@ def run_generate(args: argparse.Namespace) -> None:
         files = {path: Path(args.out) / f"{model_name(path)}.jsonl" for path in args.model}
     if len(set(files.values())) < len(args.model):
         raise InputError(f"--model: two of {', '.join(args.model)} have one name; generate them one by one")
+    there = [path for path, out in files.items() if out.exists()]  # from a run that was stopped
     for path in args.model:
         # What is wrong with a model is said before the work begins.
-        clha.load_tokenizer(path, args.template, args.template_args)
+        clha.load_tokenizer(path, args.template)
     for path, out in files.items():
-        write_responses(path, records, out, **options)
+        if path in there:
+            print(f"kept    {out}: already there")
+        else:
+            write_responses(path, records, out, **options)
 
 
 def model_name(path: str) -> str:
@@ -481,7 +484,7 @@ def model_name(path: str) -> str:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    """the whole model of a folder of LoRA adapters"""
+    """LoRA adapters, merged with their base"""
     reward.check_output(args.out, "new")
     try:
         from peft import AutoPeftModelForCausalLM
@@ -543,7 +546,7 @@ def model_card(run: Path, folder: str) -> str:
         queries=round(len(rows) * config["batch_size"] / rows[-1]["epoch"]),
         train_data=Path(config["train_data"]).name,
         folder=folder,
-        dialogues=f"It is asked in {'its chat template' if chat else 'the text of HH-RLHF'}.",
+        dialogues=f"Prompt it in {'its chat template' if chat else 'the text of HH-RLHF'}.",
         metrics=markdown([["the last step", ""], *shown]),
         settings=markdown([["setting", ""], *settings]),
     )
@@ -565,7 +568,7 @@ def run_publish(args: argparse.Namespace) -> None:
 
 def run_requests(args: argparse.Namespace) -> None:
     """the prompts in OpenAI's batch format, for other engines"""
-    reward.check_output(args.out, "file")
+    reward.check_output(args.out, "new")
     records = read_queries(args.data)
     call = {"method": "POST", "url": "/v1/chat/completions"}
     greedy = {"max_completion_tokens": args.max_new_tokens, "temperature": 0}
@@ -625,9 +628,9 @@ def main() -> None:
     flag = parser.add_command("generate", run_generate)
     flag("--model", required=True, nargs="+", help="language models: Hugging Face folders or hub names")
     flag("--data", required=True, help="records, JSON lines")
-    flag("--out", required=True, help="the responses; of several models, folder for NAME.jsonl of each")
+    flag("--out", required=True, help="the responses; for several models, a folder of NAME.jsonl")
     flag("--num_responses", type=int, default=1, help="per record")
-    flag("--temperature", type=float, default=0.0, help="of the sampling; 0: greedy")
+    flag("--temperature", type=float, default=0.0, help="for sampling; 0: greedy")
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response (released: 128)")
     flag("--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)")
     flag("--batch_size", type=int, default=64, help="prompts per batch")
@@ -636,11 +639,10 @@ def main() -> None:
         "--stop_strings",
         nargs="+",
         default=[],
-        help="where to cut, too; HH text is cut at Human: and Assistant:",
+        help="also cut at these; HH text is cut at Human: and Assistant:",
     )
     flag("--seed", type=int, default=42, help="of the sampling")
-    flag("--template", default="auto", help="auto: the model's chat template, if any; hh; or a Jinja file")
-    flag("--template_args", default="", help="what it is given, such as enable_thinking=false")
+    flag("--template", default="auto", help="as in clha.py; OUTPUT_DIR/final has its own")
     flag = parser.add_command("merge", run_merge)
     flag("--model", required=True, help="what clha.py --lora_rank left in OUTPUT_DIR/final")
     flag("--out", required=True, help="Hugging Face folder for the whole model")
@@ -660,7 +662,7 @@ def main() -> None:
     flag = parser.add_command("table", run_table)
     flag("folders", nargs="+", help="folders that `score` wrote")
     flag("--total", action="store_true", help="only the rows over all subsets")
-    flag("--plot", default="", help="picture of the reward of the folders named step-N against N")
+    flag("--plot", default="", help="picture of reward against N, for folders named step-N")
     flag = parser.add_command("best", run_best)
     flag("folders", nargs="+", help="folders that `score` wrote")
 

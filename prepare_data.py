@@ -8,7 +8,7 @@
 The first two write train.jsonl, dev.jsonl and test.jsonl; they print how many queries each subset has, next
 to the paper's Table 1, and what was left out and why. No dev query is in the test set.
 
-`preference` reads a file (JSON, JSON lines, parquet, CSV), a folder of them, or a data set of the hub, and
+`preference` reads a file (JSON, JSON lines, parquet, CSV), a folder of them, or a data set on the hub, and
 says which of these it is: TRL's prompt, chosen, rejected, as text or messages, with or without the prompt (so
 also UltraFeedback binarized and Tulu 3); all_generated_responses with all_rm_scores; response_0,
 response_0_reward and so on; UltraFeedback's completions; HelpSteer3; Nectar. Scores of reward models become
@@ -140,7 +140,7 @@ def release_record(row: dict[str, Any]) -> Record:
         role = "user" if tag == "prompter" else "assistant"
         turns.append({"role": role, "content": content.strip()})
     if before.strip() or not turns or turns[-1] != {"role": "assistant", "content": ""}:
-        raise ValueError('"prefix" does not begin with a tag, or not end in <|assistant|>')
+        raise ValueError('"prefix" must begin with a tag and end in <|assistant|>')
     responses = [text.replace(EOS, "").strip() for text in row["suffix"]]
     chosen = row.get("sft_index", 0)
     return {"prompt": turns[:-1], "responses": responses, "rewards": row["reward"], "chosen": chosen}
@@ -227,7 +227,7 @@ def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> st
     lines.append(f"\n{read:,} queries read, {dropped.total():,} of them left out")
     for reason, count in dropped.most_common():
         lines.append(f"  {count:,}: {reason}")
-    lines.append(f"{len(splits['dev']):,} dev queries, which took {removed:,} out of the test set")
+    lines.append(f"{len(splits['dev']):,} dev queries; {removed:,} taken out of the test set")
     return "\n".join(lines)
 
 
@@ -345,7 +345,7 @@ def recognize(columns: list[str], source: str) -> str:
         if set(needed) <= set(columns):
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
-    raise InputError(f"{source}: has the columns {', '.join(columns)}, of no format known here ({known})")
+    raise InputError(f"{source}: has the columns {', '.join(columns)}, in no known format ({known})")
 
 
 def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[Record], dict[str, list[int]]]:

@@ -89,7 +89,7 @@ class RewardModel:
         kind = self.model.config.model_type
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if self.head and window and max(map(len, texts)) > window:
-            wrong = f"a text is longer than its sliding_window; choose a --max_length of at most {window}"
+            wrong = f"a text is longer than the sliding_window; choose a --max_length of at most {window}"
             raise InputError(f"{kind}: {wrong}")
         queries = [share_prefix([texts[i] for i in group]) for group in groups]
         scores = [math.nan] * len(texts)
@@ -257,7 +257,7 @@ def read_scale(path: Path, model: str) -> dict[str, Any] | None:
     if scale["model"] != model:
         raise InputError(f"{path}: is the scale of {scale['model']}; choose another file for {model}")
     if not 0 < scale["deviation"] < math.inf or not math.isfinite(scale["mean"]):
-        raise InputError(f"{path}: no scale of rewards: {scale}")
+        raise InputError(f"{path}: not a reward scale: {scale}")
     return scale
 
 
@@ -456,20 +456,21 @@ def reward_loss(rewards: Tensor, chosen: int, norm_penalty: float) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains a reward model with Eq. 1 on the "chosen" labels of records, from a language model."""
+    """Trains a reward model from a language model, with Eq. 1 on the "chosen" labels of records."""
     check_output(args.out, "new")
     torch.manual_seed(args.seed)  # of the head
-    model = start_from(args.model, args.max_length, args.pack_tokens, args.template, args.template_args)
+    model = start_from(args.model, args.max_length, args.pack_tokens, args.template)
     records = read_records(args.data, need=["chosen"])
     queries = [labeled_query(model, record) for record in tqdm(records, "tokens", disable=None)]
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(args.seed)).tolist()
     shuffled = [queries[i] for i in order]
-    count = len(queries) // 20  # 5 % measure the accuracy and are never trained on
+    count = max(1, len(queries) // 20)  # 5 % measure the accuracy and are never trained on
     held_out = shuffled[:count]
     training = shuffled[count:]
     steps = round(args.epochs * len(training) / args.batch_size)
-    if not held_out or not steps:
-        raise InputError(f"{args.data}: too few records ({len(records)}) for --batch_size {args.batch_size}")
+    if not steps:
+        few = f"{len(training)} records to train on (5 % are held out)"
+        raise InputError(f"{args.data}: {few} make no step of --batch_size {args.batch_size}")
     longest = max(training, key=itemgetter("longest"))
     texts = [longest["prompt_ids"] + ids for ids in longest["response_ids"]]
     model.score_ids(texts, [list(range(len(texts)))])  # refuses what packs get wrong
@@ -505,11 +506,9 @@ class NewRewardModel:
         return model, info | {"missing_keys": set(info["missing_keys"]) - {"score.weight"}}
 
 
-def start_from(
-    path: str, max_length: int, pack_tokens: int = 0, template: str = "auto", template_args: str = ""
-) -> RewardModel:
+def start_from(path: str, max_length: int, pack_tokens: int = 0, template: str = "auto") -> RewardModel:
     """A language model with a new head, in float32. Raises InputError if it lacks weights of its own."""
-    tokenizer = clha.load_tokenizer(path, template, template_args)
+    tokenizer = clha.load_tokenizer(path, template)
     model = clha.load(NewRewardModel, path).to("cuda" if torch.cuda.is_available() else "cpu")
     # Other programs read the reward at the last token that is not padding. If EOS were padding, that would be
     # the token before it; with no padding token at all they take one text at a time, and the right token.
@@ -518,7 +517,7 @@ def start_from(
     dialogue_ids = partial(clha.dialogue_ids, tokenizer=tokenizer)
     reward_model = RewardModel(model, tokenizer, dialogue_ids, max_length, pack_tokens)
     if not reward_model.head:
-        raise InputError(f"{path}: is an encoder; a reward model is trained from a decoder here")
+        raise InputError(f"{path}: is an encoder; here a reward model is trained from a decoder")
     return reward_model
 
 
@@ -618,7 +617,7 @@ def check_output(path: str | Path, kind: Literal["new", "file", "folder"]) -> No
         if above.is_file():
             raise InputError(f"{path}: {above} is a file; nothing can be put below it")
     if kind == "new" and path.exists():
-        raise InputError(f"{path}: exists already; choose another output")
+        raise InputError(f"{path}: already exists; choose another output")
     if kind == "file" and path.is_dir():
         raise InputError(f"{path}: is a folder; it must be a file")
     if kind == "folder" and path.is_file():
@@ -637,15 +636,11 @@ def check_numbers(settings: Any, positive: Iterable[str] = ()) -> None:
                 raise InputError(f"--{name} {number}: must be a finite number of {least} or more")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a description as it is written, and the default of each flag."""
-
-
 class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, or added by hand; no abbreviations, and a wrong flag is an InputError."""
 
     def __init__(self, *dataclasses: type, **settings: Any) -> None:
-        settings |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        settings |= {"formatter_class": clha.HelpFormatter, "allow_abbrev": False}
         super().__init__(dataclasses, **settings)
 
     def add_command(self, name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
@@ -667,7 +662,7 @@ class Parser(transformers.HfArgumentParser):
 def score(args: argparse.Namespace) -> None:
     """Adds "rewards" to the records of a file and says how they are distributed."""
     rank, _, device = clha.init_process()
-    check_output(args.out, "file")
+    check_output(args.out, "new")
     if args.plot:
         check_plot(args.plot)
     raw = Path(args.out)
@@ -698,7 +693,7 @@ def main() -> None:
         flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
     flag_of_score("--model", required=True, help="reward model: a folder or a hub name")
     flag_of_score("--out", required=True, help='the records with "rewards", JSON lines')
-    scale = "(reward - mean) / deviation, by this JSON file, such as scale.json, which is made if need be"
+    scale = "(reward - mean) / deviation, both from this JSON file (such as scale.json), made if missing"
     flag_of_score("--standardize", default="", help=scale)
     flag_of_score("--plot", default="", help="picture of rewards and their gaps, such as gaps.png")
     flag = flag_of_train
@@ -709,8 +704,7 @@ def main() -> None:
     flag("--learning_rate", type=float, default=1e-5, help="peak; 5 %% warm-up, then cosine")
     flag("--norm_penalty", type=float, default=0.001, help="on the mean squared reward")
     flag("--seed", type=int, default=42, help="of head, held-out queries and order")
-    flag("--template", default="auto", help="auto: the model's chat template, if any; hh; or a Jinja file")
-    flag("--template_args", default="", help="what it is given, such as enable_thinking=false")
+    flag("--template", default="auto", help="as that of clha.py")
     args = parser.parse_args()
     check_numbers(args)
     args.run(args)

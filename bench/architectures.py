@@ -1,10 +1,10 @@
-"""Which architectures can be trained and scored in packs: each is tried with small random weights.
+"""Which architectures can be trained and scored in packs: each is tried as a small random model.
 
     python -m bench.architectures > docs/architectures.md
 
 The numbers are how far a pack is from each response alone, as transformers' eager attention computes it: nats
-per token in training, reward in scoring. All else is refused before the first step, in the line that stands
-there.
+per token in training, reward in scoring. Everything else is refused before the first step, with
+the line shown.
 """
 
 import sys

@@ -6,10 +6,10 @@
     python -m bench.chaos --only machines                     two torchruns, as on two machines
 
 `kills`: half of them hit one process, which torchrun brings back (--max_restarts); half hit all processes and
-torchrun, and the same command is given again. They fall while the run starts, trains or saves a checkpoint.
-`resize`: a run is stopped and resumed, once on as many processes and once on another number. `disk` mounts a
-small tmpfs, for which it must be root. `machines` kills one of two processes, each with a torchrun and a copy
-of the model of its own. Linux only. Prints a Markdown table, and JSON on the last line.
+torchrun, and the same command is given again. They come while the run starts, trains or saves a checkpoint.
+`resize`: a run is stopped and resumed, on the same number of processes and on another. `disk` mounts a
+small tmpfs, for which it must be root. `machines` kills one of two processes, each with its own
+torchrun and copy of the model. Linux only. Prints a Markdown table, and JSON on the last line.
 """
 
 import contextlib

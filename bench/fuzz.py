@@ -1,9 +1,9 @@
-"""Do the readers hold against any bytes? A coverage-guided fuzz target (atheris: `pip install .[fuzz]`).
+"""Do the readers withstand any bytes? A coverage-guided fuzz target (atheris: `pip install .[fuzz]`).
 
     python -m bench.fuzz --minutes 30 --corpus out/fuzz
     python -m bench.fuzz --replay out/fuzz/findings/TypeError-clha-42
 
-An input's first byte chooses a reader, the rest is the file that it gets. A reader may do its work or raise
+An input's first byte chooses a reader; the rest is the file that it gets. A reader may do its work or raise
 InputError. Anything else is a finding, and so is a result that cannot be written as UTF-8 (half a character).
 A finding is kept as a file, one for each kind of exception and line of the project that it came through. Half
 of the changes to an input put an odd value at any place of its JSON. What libFuzzer says is in log.txt, in

@@ -217,7 +217,7 @@ def parse_args() -> Namespace:
     flag("--queries", type=int, default=16, help="per step; the paper's 128 are 16 on each of 8 GPUs")
     flag("--rounds", type=int, default=5, help="steps of each kind, after one that warms up")
     flag("--pack_tokens", type=int, nargs="+", default=[8192], help="of `sweep`: lengths of full packs")
-    flag("--checkpointing", nargs="+", choices=["full", "none"], default=["full"], help="of `sweep`: each")
+    flag("--checkpointing", nargs="+", choices=["full", "none"], default=["full"], help="for `sweep`")
     flag("--out", type=Path, default=Path("out/bench/gpu.jsonl"), help="gets our rate, for bench.plan")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("rounds",))

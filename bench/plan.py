@@ -2,10 +2,10 @@
 
     python -m bench.plan --model M --train_data F --gpu h200 --nproc 8 [settings of clha.py]
 
-Of M only config.json and the tokenizer are read. Memory is what PyTorch's own tracker adds up over a step
-with tensors that have shapes but no memory. Hours are 6 FLOPs per parameter and token (4 where a weight does
-not train, with --lora_rank) at a rate that was measured (bench/rates.jsonl, by bench.rates, and
-out/bench/gpu.jsonl, by bench.gpu), and at a range of rates that is assumed. The tokens of the released loop
+Only config.json and the tokenizer of M are read. Memory is what PyTorch's own tracker adds up over a step
+with fake tensors, which have no memory. Hours are 6 FLOPs per parameter and token (4 where a weight does not
+train, with --lora_rank) at a measured rate (bench/rates.jsonl, by bench.rates, and out/bench/gpu.jsonl, by
+bench.gpu), and at a range of assumed rates. The tokens of the released loop
 are counted with clha.py's ids, EOS included. --memory_gb and --tflops describe any other card.
 """
 
@@ -152,7 +152,7 @@ class Run(NamedTuple):
 def prepare(config: clha.Config, device: torch.device) -> Run:
     """The run of these settings on such devices, in the process group that there is."""
     config = clha.settle(config, device)
-    tokenizer = clha.load_tokenizer(config.model, config.template, config.template_args)
+    tokenizer = clha.load_tokenizer(config.model, config.template)
     model = clha.load(transformers.AutoConfig, config.model)
     examples = clha.load_examples(config.train_data, tokenizer, config)
     sizes = list(examples["size"])
@@ -248,7 +248,7 @@ computed, not measured:
 {parts}
 | **total** | **{total / 1e9:.2f}**{share} |
 
-Not counted: context, NCCL, workspaces of kernels, what the allocator leaves unused.
+Not counted: CUDA context, NCCL, kernel workspaces, the allocator's unused memory.
 
 | work | |
 | --- | --- |
@@ -259,7 +259,7 @@ Not counted: context, NCCL, workspaces of kernels, what the allocator leaves unu
 | computed to fill packs of one length | {plan.filled - 1:+.1%} |
 | steps, and tokens in all of them | {plan.steps:,}, {plan.tokens:,} |
 | FLOPs, 6 per parameter and token, 4 if it does not train | {plan.flops:.3g} |
-| disk for three checkpoints, two and one being written, GB | {3 * 12 * plan.trained / 1e9:,.1f} |
+| disk for 3 checkpoints, two kept, one being written, GB | {3 * 12 * plan.trained / 1e9:,.1f} |
 
 {hours(plan)}"""
 

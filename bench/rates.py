@@ -1,4 +1,4 @@
-"""How fast does a machine train? Its rate, for bench.plan; and whether plans of memory come true.
+"""How fast does a machine train? Its rate, for bench.plan; and whether memory plans hold.
 
     python -m bench.rates --models 24M [settings of clha.py]       adds this machine's rate to rates.jsonl
     torchrun --nproc_per_node 2 -m bench.rates --model MODEL --train_data FILE      a model and data of yours

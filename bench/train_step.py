@@ -8,7 +8,7 @@
 
     python -m bench.train_step --models 24M 58M --queries 2 8 --steps 7
 
-Medians of ratios of paired steps, so that a machine that is now faster and now slower does not matter. Peak
+Medians of ratios of paired steps, so that changes in the machine's speed cancel out. Peak
 memory is that of one step in a process of its own, above what the process held before (Linux only). The last
 line is JSON.
 """

@@ -3,7 +3,7 @@
     python -m study.baselines --objective pro --model MODEL --train_data train.jsonl --output_dir out/pro
     torchrun --nproc_per_node 8 -m study.baselines --objective dpo ...
 
-All flags of clha.py apply, but for those of the loss that an objective does not read. Data, trainer and
+All flags of clha.py apply, except those of the loss that an objective does not use. Data, trainer and
 evaluation are clha.py's, so two rows of a table differ in their objective alone.
 
 | objective | source | --alpha, the weight of the SFT term, if not given |
@@ -20,7 +20,7 @@ evaluation are clha.py's, so two rows of a table differ in their objective alone
 | lipo | Liu et al. 2024, LiPO-lambda: pairs weighted by reward and rank | 0 |
 | released | CLHA as in the authors' code, by micro-batches of two queries | 0.05 (l - 1)^2 |
 
-What some of them need besides rewards is written into the records first, by a stage:
+What some need besides rewards is first added to the records by a stage:
 
     python -m study.baselines STAGE --data in.jsonl --out out.jsonl
 
@@ -281,7 +281,7 @@ class BaselineConfig(clha.Config):
     """clha.py's settings, the objective, and what belongs to some objectives alone."""
 
     objective: Literal[(*OBJECTIVES, "released")] = clha.option(MISSING, "what is minimized")
-    beta: float = clha.option(0.1, "of DPO and its kin: how hard it holds on to the reference model")
+    beta: float = clha.option(0.1, "of DPO and its kin: how closely it keeps to the reference")
     gamma: float = clha.option(0.0, "margin of SimPO")
     temperatures: bool = clha.option(True, "of PRO: factors by reward gap; without them it is Eq. 2")
     sft_reduction: Literal["sum", "mean"] = clha.option("sum", "RRHF's SFT term: sum (paper) or mean (code)")
@@ -338,7 +338,7 @@ def train(config: BaselineConfig) -> None:
     changed = [name for name in READ_BY if getattr(config, name) != getattr(BaselineConfig, name)]
     unread = ", ".join(name for name in changed if objective not in READ_BY[name])
     if unread:
-        raise InputError(f"--objective {objective}: does not read {unread}; leave them out")
+        raise InputError(f"--objective {objective}: does not use {unread}")
     if config.beta <= 0:
         raise InputError(f"--beta {config.beta:g}: must be above 0")
     if objective == "released" and config.batch_size % MICRO_BATCH:
@@ -421,7 +421,7 @@ def write_reference(args: argparse.Namespace) -> None:
 
 
 def write_changed(args: argparse.Namespace) -> None:
-    """writes the records of a stage that changes them one by one"""
+    """rewrites each record, as in the table above"""
     change, need = CHANGES[args.command]
     records = clha.iter_records(args.data, need=[need])
     reward.write_jsonl(args.out, (change(record) for record in records))
@@ -460,7 +460,7 @@ def main(argv: list[str]) -> None:
     flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")
     args = parser.parse_args(argv)
     reward.check_numbers(args)
-    reward.check_output(args.out, "file")
+    reward.check_output(args.out, "new")
     args.run(args)
 
 

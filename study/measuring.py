@@ -3,7 +3,7 @@
     python -m study.measuring --out out/measuring --seeds 50 51 52 53  adds rows to docs/study/measuring.jsonl
 
 Four methods, a constant and a cosine rate, two orders of the same data: dev gold of the last four
-checkpoints, ten steps apart, and of the mean of their weights. What is finished is not repeated; prints a
+checkpoints, ten steps apart, and of the mean of their weights. Finished runs are not repeated. Prints a
 Markdown table.
 """
 
@@ -20,7 +20,7 @@ import clha
 import evaluate
 import reward
 from clha import Record
-from study import baselines, run, toy
+from study import run, toy
 
 METHODS = ("CLHA", "PRO", "SFT", "DPO")
 SCHEDULES = ("constant_with_warmup", "cosine")
@@ -31,32 +31,22 @@ ROWS = Path(__file__).parents[1] / "docs" / "study" / "measuring.jsonl"
 
 def gold(model: Any, tokenizer: clha.Tokenizer, records: list[Record]) -> float:
     """Mean true reward of greedy responses to the prompts of these records."""
-    prompts = [record["prompt"] for record in records]
-    responses = evaluate.generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=64)
-    return statistics.mean(map(toy.gold, prompts, responses))
+    responses = run.respond(model, tokenizer, records, "")
+    return statistics.mean(
+        toy.gold(row["prompt"], text) for row, text in zip(records, responses, strict=True)
+    )
 
 
 def measure(world: run.World, method: str, schedule: str, order: int, seed: int) -> Record:
     """Dev gold of a run's last checkpoints ("step-N") and of the mean of their weights ("average")."""
-    settings = dict(run.methods(world.length)[method])
-    objective = settings.pop("objective")
+    settings = {"objective": method.lower(), "learning_rate": 5e-4, "lr_schedule": schedule}
     out = world.folder / f"{method} {schedule} {order}"
-    paths = map(str, (world.base, run.data_for(objective, world, world.train_data), out))
-    settings |= world.settings | {"lr_schedule": schedule, "seed": seed + 1000 * order, "save_every": 10}
-    if objective == "clha":
-        run.train(clha.Config(*paths, **settings))
-    else:
-        run.train(baselines.BaselineConfig(*paths, objective=objective, **settings))
+    folders = run.align(world, settings, seed + 1000 * order, out)
     records = reward.read_records(world.dev_data)
     row: Record = {"seed": seed, "method": method, "schedule": schedule, "order": order}
-    sums: dict[str, torch.Tensor] = {}
-    for step in STEPS:
-        model, tokenizer = evaluate.load(str(out / f"step-{step}"), torch.device("cpu"))
-        row[f"step-{step}"] = gold(model, tokenizer, records)
-        for name, weight in model.state_dict().items():
-            sums[name] = sums.get(name, 0) + weight
-    model.load_state_dict({name: total / len(STEPS) for name, total in sums.items()})
-    return row | {"average": gold(model, tokenizer, records)}
+    for folder in folders:
+        row[folder.name] = gold(*evaluate.load(str(folder), torch.device("cpu")), records)
+    return row | {"average": gold(*run.average(folders), records)}
 
 
 def table(rows: list[Record]) -> str:
@@ -97,7 +87,7 @@ def main() -> None:
         todo = [way for way in itertools.product(METHODS, SCHEDULES, ORDERS) if (seed, *way) not in done]
         with contextlib.redirect_stdout(io.StringIO()):  # what each run prints
             for way in todo:
-                world = run.toy_world(args.out, seed, run.NOISE, 2)
+                world = run.toy_world(args.out, seed)
                 row = measure(world, *way, seed)
                 reward.append_jsonl(ROWS, [row])
                 rows.append(row)

@@ -5,7 +5,7 @@
     python -m study.people compare eval/base eval/sft eval/clha --out pairs
 
 All read folders that `evaluate.py score` wrote. Annotators open sheet.html in a browser: each pair of
-responses in random order, without names. Keep key.json, which says whose response is on which side.
+responses in random order, without names. Keep key.json secret: it says which side is whose.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def read_evaluations(folders: list[str]) -> dict[str, Evaluation]:
         evaluations[name] = read_evaluation(Path(folder))
     prompts = [{item: row["prompt"] for item, row in rows.items()} for rows in evaluations.values()]
     if any(found != prompts[0] for found in prompts):
-        raise InputError(f"{', '.join(folders)}: of different items, or the prompts differ")
+        raise InputError(f"{', '.join(folders)}: their items or prompts differ")
     return evaluations
 
 
@@ -146,7 +146,7 @@ def read_votes(path: str, key: Record) -> tuple[str, dict[str, str]]:
     need = {"sheet": str, "annotator": str, "answers": dict}
     file = reward.read_json(path, need, "a file of answers")
     if file["sheet"] != key["sheet"]:
-        raise InputError(f"{path}: the answers are of {file['sheet']}, the key is of {key['sheet']}")
+        raise InputError(f"{path}: the answers are for {file['sheet']}, the key for {key['sheet']}")
     votes = {}
     for item, answer in file["answers"].items():
         if item not in key["items"]:

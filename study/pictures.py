@@ -1,4 +1,4 @@
-"""The pictures that explain CLHA, drawn by calls of clha.py: mask of a pack, way of the data, hinge, rewards.
+"""The pictures that explain CLHA, drawn by calls to clha.py: mask of a pack, data flow, hinge, rewards.
 
     python -m study.pictures --out docs/pictures   mask.png, way.png, hinge.png, rewards.png; needs matplotlib
 

@@ -1,302 +1,428 @@
-"""RESULTS.md and its pictures, from docs/study/runs.jsonl.
+"""RESULTS.md and its picture, from the rows of the study: all numbers and verdicts follow from them.
 
-    python -m study.report                     from the committed runs
-    python -m study.report --runs out/study    from the finished runs of study.run, which become runs.jsonl
+    python -m study.report                     from the committed rows, in docs/study
+    python -m study.report --rows out/study    from those of study.run; the page is written there
 
-Every verdict follows from an interval: 95 % of a mean over seeds (Student's t). Differences are paired: first
-taken within each seed.
+docs/study/protocol.md says what is asked. A difference is paired: it is first taken within each seed.
+Intervals are Student's t over seeds; the endpoints' p-values are corrected together by Holm's method.
 """
 
-import hashlib
-import itertools
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import clha
 import evaluate
 import reward
 from clha import InputError, Record
-from study import run
+from study import measuring, run, toy
 
-Seeds = dict[int, Record]  # the rows of one run of the study by seed
-Rows = dict[str, Seeds]  # the runs of one kind of world, by name or by their label in the tables
-Kinds = dict[int, dict[float, Rows]]  # responses per query -> share of wrong labels -> labelled rows
+Seeds = dict[int, Record]  # the rows of one method by seed
 
 TEMPLATE = Path(__file__).with_name("template.md")  # the prose of RESULTS.md
-DOCS = Path("docs/study")
-LABELS = ("base", *run.methods(2), *run.ABLATIONS)  # of rows, in the order of Tables 2 and 3
-SCORES = {"gold": "gold", "reward": "reward over base", "char_bleu": "char BLEU", "word_bleu": "word BLEU"}
-# Student's t: 97.5 % quantiles for 2 to 11 seeds
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+ENDPOINTS = {  # of the protocol: the question, and the row that should be worse than CLHA
+    "CLHA - PRO": "PRO",
+    "the gate": "CLHA w/o gate",
+    "the filter": "CLHA w/o filter",
+    "the contrast": "gated SFT",
+}
+LEVEL = 0.05  # of the endpoints' tests, together
+EQUAL = 0.1  # gold; an effect is called equal to zero if its 90 % interval lies within this
+RESAMPLES = 2000
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
+def tail(t: float, freedom: int) -> float:
+    """P(|T| > t) of Student's t with so many degrees of freedom (Abramowitz and Stegun, 26.7.3-4)."""
+    theta = math.atan(t / freedom**0.5)
+    odd = freedom % 2
+    term = math.cos(theta) if odd else 1.0
+    total = 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= (2 * k + 1 + odd) / (2 * k + 2 + odd) * math.cos(theta) ** 2
+    inside = math.sin(theta) * total
+    return 1 - ((theta + inside) * 2 / math.pi if odd else inside)
+
+
+def quantile(share: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = share, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, freedom) > 1 - share else (low, middle)
+    return low
+
+
 class Mean(NamedTuple):
-    """A mean over seeds and the half width of its 95 % interval, which is infinite for a single seed."""
+    """A mean over seeds, and its standard error."""
 
     mean: float
-    half: float
+    error: float  # infinite for a single seed
     seeds: int
 
+    def half(self, share: float = 0.95) -> float:
+        """Half the width of its interval."""
+        return quantile(share, self.seeds - 1) * self.error if self.seeds > 1 else math.inf
 
-def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond the table by Cornish and Fisher's expansion, to 0.002."""
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    return 1.960 + 2.372 / freedom + 2.823 / freedom**2
+    def p(self) -> float:
+        """Of the two-sided test that the true mean is zero."""
+        if self.seeds < 2:
+            return 1.0
+        return tail(abs(self.mean) / self.error, self.seeds - 1) if self.error else float(self.mean == 0)
 
 
 def mean_of(values: list[float]) -> Mean | None:
     """The mean of one value per seed; None without any."""
     if not values:
         return None
-    half = math.inf
-    if len(values) > 1:
-        half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return Mean(statistics.mean(values), half, len(values))
-
-
-def score(seeds: Seeds, name: str = "gold") -> Mean | None:
-    """A score over all seeds; None where no seed has it."""
-    return mean_of([row[name] for row in seeds.values() if name in row])
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return Mean(statistics.mean(values), error, len(values))
 
 
 def difference(first: Seeds, second: Seeds, name: str = "gold") -> Mean | None:
     """The score of `first` minus that of `second`, over the seeds that both have."""
-    return mean_of([first[seed][name] - second[seed][name] for seed in first if seed in second])
+    return mean_of([row[name] - second[seed][name] for seed, row in first.items() if seed in second])
 
 
-def read_runs(path: Path) -> dict[str, Rows]:
-    """The rows of a file as {world: {name of the run: {seed: row}}}."""
-    worlds: dict[str, Rows] = {}
-    for _, row in clha.read_jsonl(path):
-        runs = worlds.setdefault(row["world"], {})
-        runs.setdefault(row["run"], {})[row["seed"]] = row
-    return worlds
+def holm(values: list[float]) -> list[float]:
+    """p-values corrected together: the smallest times their number, the next times one less, and so on."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, values[i] * (len(values) - place)))
+        corrected[i] = largest
+    return corrected
 
 
-def label_rows(runs: Rows, length: int) -> Rows:
-    """The finished rows of Tables 2 and 3 by their labels, in the order of the tables."""
-    settings = run.methods(length) | run.ABLATIONS
-    names = {label: run.run_name(settings[label], length) for label in settings}
-    names = {"base": "base"} | names
-    return {label: runs[name] for label, name in names.items() if name in runs}
+def verdict(gain: Mean, p: float) -> str:
+    """What a difference, claimed to be above zero, and its corrected p-value say: one of four."""
+    if p < LEVEL:
+        return "holds" if gain.mean > 0 else "fails"
+    if abs(gain.mean) + gain.half(0.9) <= EQUAL:
+        return f"equal within {EQUAL:g}"
+    return "not shown"
 
 
-def kinds_of(worlds: dict[str, Rows]) -> Kinds:
-    """The rows of the toy worlds."""
-    kinds: Kinds = {length: {} for length in run.LENGTHS}
-    for length, noise in itertools.product(run.LENGTHS, run.NOISES):
-        runs = worlds.get(run.world_name(noise, length), {})
-        kinds[length][noise] = label_rows(runs, length)
-    return kinds
+def over_tasks(first: Seeds, second: Seeds) -> tuple[float, float]:
+    """A 95 % interval of a difference in gold that draws seeds again, and tasks, which prompts share."""
+    seeds = sorted(first.keys() & second.keys())
+    tasks = [*first[seeds[0]]["tasks"]]
+    sums = torch.tensor([[first[s]["tasks"][t][1] - second[s]["tasks"][t][1] for t in tasks] for s in seeds])
+    counts = torch.tensor([[first[s]["tasks"][t][0] for t in tasks] for s in seeds])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(seeds), (RESAMPLES, len(seeds), 1), generator=generator)
+    columns = torch.randint(len(tasks), (RESAMPLES, 1, len(tasks)), generator=generator)
+    means = sums[rows, columns].sum((1, 2)) / counts[rows, columns].sum((1, 2))
+    low, high = means.double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return low, high
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
-NOT_KEPT = "(These runs have not kept it.)\n"
-
 
 def cell(value: Mean | None, form: str = ".2f") -> str:
-    """A mean with its interval for a table; nothing where there is none."""
+    """A mean with its 95 % interval; nothing where there is none."""
     if value is None:
         return ""
-    interval = f"± {value.half:.2f}" if value.seeds > 1 else "(one seed)"
+    interval = f"± {value.half():.2f}" if value.seeds > 1 else "(one seed)"
     return f"{value.mean:{form}} {interval}"
 
 
-def signed(value: Mean | None) -> str:
-    """A difference for a table."""
-    return cell(value, "+.2f")
+def score(seeds: Seeds, name: str) -> Mean | None:
+    """A score over all seeds; None where no seed has it."""
+    return mean_of([row[name] for row in seeds.values() if name in row])
 
 
-def main_table(rows: Rows, by: str) -> str:
-    """Table 2, with rewards above the base model's, and CLHA minus each row by the score `by`."""
-    if "base" not in rows:
-        return "(not run)\n"
-    base = rows["base"]
-    names = [name for name in SCORES if score(base, name)]
-    lines = [["method", *(SCORES[name] for name in names), f"CLHA minus it, {by}", "seeds"]]
+def shown(p: float) -> str:
+    """A p-value for a table."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+class Endpoint(NamedTuple):
+    """One of the protocol's questions, and its answer."""
+
+    name: str
+    gain: Mean
+    p: float  # corrected
+    verdict: str
+
+
+def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
+    """The answers to the protocol's questions. Raises InputError if a row is missing."""
+    missing = [label for label in ("CLHA", *ENDPOINTS.values()) if label not in rows]
+    if missing:
+        raise InputError(f"fresh.jsonl: has no run of {missing[0]}; `python -m study.run compare` makes them")
+    gains = [difference(rows["CLHA"], rows[worse]) for worse in ENDPOINTS.values()]
+    corrected = holm([gain.p() for gain in gains])
+    found = zip(ENDPOINTS, gains, corrected, strict=True)
+    return [Endpoint(name, gain, p, verdict(gain, p)) for name, gain, p in found]
+
+
+def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
+    """The endpoints, their tests, and intervals that know that prompts share tasks."""
+    lines = [["endpoint", "gold", "seeds", "p", "p, corrected", "with tasks drawn again", "verdict"]]
+    for endpoint in found:
+        low, high = over_tasks(rows["CLHA"], rows[ENDPOINTS[endpoint.name]])
+        numbers = [cell(endpoint.gain, "+.2f"), str(endpoint.gain.seeds), shown(endpoint.gain.p())]
+        numbers += [shown(endpoint.p), f"{low:+.2f} to {high:+.2f}"]
+        lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**"])
+    return evaluate.markdown(lines)
+
+
+def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
+    """The page in five lines."""
+    meanings = {
+        "CLHA - PRO": "CLHA has a higher gold than PRO, both tuned",
+        "the gate": "Leaving out the imitation of bad best responses helps, next to the contrast",
+        "the filter": "Leaving out pairs that are close in reward helps",
+        "the contrast": "The pairwise margin loss helps, on top of gated SFT",
+    }
+    lines = []
+    for endpoint in found:
+        told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
+        lines.append(f"- *{meanings[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
+    groups: dict[str, list[str]] = {"behind it": [], "ahead of it": [], "not told apart from it": []}
+    for label in run.GRIDS:
+        gain = difference(rows["CLHA"], rows.get(label, {}))
+        if label != "CLHA" and gain:
+            group = "not told apart from it"
+            if abs(gain.mean) > gain.half():
+                group = "behind it" if gain.mean > 0 else "ahead of it"
+            groups[group].append(label)
+    told = "; ".join(f"{group}: {', '.join(labels) or 'none'}" for group, labels in groups.items())
+    lines.append(f"- The tuned methods against CLHA, by uncorrected intervals: {told}.")
+    return "\n".join(lines) + "\n"
+
+
+def method_table(rows: dict[str, Seeds]) -> str:
+    """Every row: its scores, CLHA minus it, and what its training cost as a multiple of CLHA's."""
+    names = {"gold": "gold", "reward": "reward", "char_bleu": "char BLEU", "word_bleu": "word BLEU"}
+    lines = [["method", *names.values(), "CLHA minus it, gold", "tokens", "time", "seeds"]]
+    clha_rows = rows["CLHA"]
     for label, seeds in rows.items():
-        cells = {name: cell(score(seeds, name)) for name in names}
-        cells["reward"] = "" if label == "base" else signed(difference(seeds, base, "reward"))
-        lead = signed(difference(rows.get("CLHA", {}), seeds, by))
-        if label == "CLHA":
-            label = "**CLHA**"
-            lead = ""
-        lines.append([label, *(cells[name] for name in names), lead, str(len(seeds))])
+        lead = "" if label == "CLHA" else cell(difference(clha_rows, seeds), "+.2f")
+        costs = []
+        for name in ("tokens", "seconds"):
+            shares = [
+                row[name] / clha_rows[seed][name]
+                for seed, row in seeds.items()
+                if name in row and seed in clha_rows
+            ]
+            costs.append(f"{statistics.median(shares):.1f}" if shares else "")
+        cells = [cell(score(seeds, name)) for name in names]
+        lines.append([f"**{label}**" if label == "CLHA" else label, *cells, lead, *costs, str(len(seeds))])
     return evaluate.markdown(lines)
 
 
-def noise_table(by_noise: dict[float, Rows]) -> str:
-    """Gold reward of each row by the share of wrong labels."""
-    lines = [["method", *(f"{noise:.0%}" for noise in by_noise)]]
-    for label in LABELS:
-        cells = [cell(score(rows.get(label, {}))) for rows in by_noise.values()]
-        if cells.count("") < len(cells) - 1:
-            lines.append([label, *cells])
+def subset_table(rows: dict[str, Seeds], name: str) -> str:
+    """A score by subset, as in the columns of the paper's Tables 2 and 3."""
+    lines = [["method", *toy.SUBSETS, "Total"]]
+    for label, seeds in rows.items():
+        cells = []
+        for subset in toy.SUBSETS:
+            cells.append(cell(mean_of([row["subsets"][subset][name] for row in seeds.values()])))
+        lines.append([label, *cells, cell(score(seeds, name))])
     return evaluate.markdown(lines)
 
 
-def sweep_table(runs: Rows) -> str:
-    """Gold reward for each value of each setting that was swept, and its difference from the center."""
-    center = runs.get(run.run_name(run.CENTER, 2), {})
-    lines = [["setting", "value", "gold", "minus the center"]]
-    for setting, sweep in run.SWEEPS.items():
-        for value, settings in sweep.items():
-            seeds = runs.get(run.run_name(settings, 2), {})
-            gain = "" if seeds is center else signed(difference(seeds, center))
-            lines.append([setting, f"{value:g}", cell(score(seeds)), gain])
-    return evaluate.markdown(lines)
-
-
-def parts_table(title: str, seeds_by_label: Rows, key: str) -> str:
-    """The means over seeds of each number that rows keep under `key`, a line per label."""
+def parts_table(rows: dict[str, Seeds], key: str) -> str:
+    """The means over seeds of each number that rows keep under `key`."""
     lines: list[list[str]] = []
-    for label, seeds in seeds_by_label.items():
+    for label, seeds in rows.items():
         found = [row[key] for row in seeds.values() if key in row]
         if found:
-            lines = lines or [[title, *found[0]]]
-            means = [statistics.mean(row[name] for row in found) for name in found[0]]
-            lines.append([label, *(f"{mean:.2f}" for mean in means)])
-    return evaluate.markdown(lines) if lines else NOT_KEPT
+            lines = lines or [["method", *found[0]]]
+            lines.append(
+                [label, *(f"{statistics.mean(row[name] for row in found):.2f}" for name in found[0])]
+            )
+    return evaluate.markdown(lines) if lines else ""
 
 
-CLAIMS = (  # the words of a claim, the row that should be better, and the other
-    ("CLHA beats PRO (Table 2)", "CLHA", "PRO"),
-    ("CLHA beats RRHF (Table 2)", "CLHA", "RRHF"),
-    ("CLHA beats RRHF with CLHA's SFT (Table 2)", "CLHA", "RRHF, CLHA's SFT"),
-    ("CLHA beats SFT (Table 2)", "CLHA", "SFT"),
-    ("CLHA beats CoH (Table 2)", "CLHA", "CoH"),
-    ("CLHA beats RLHF (Table 2)", "CLHA", "RLHF"),
-    ("CLHA beats DPO (not a claim of the paper)", "CLHA", "DPO"),
-    ("gate and filter together help (Table 3, rescoring)", "CLHA", "CLHA w/o rescore"),
-    ("the gate helps SFT (CLHA w/o contrast beats SFT)", "CLHA w/o contrast", "SFT"),
-    ("contrast helps (Table 3)", "CLHA", "CLHA w/o contrast"),
-    ("margin helps (Table 3)", "CLHA", "CLHA w/o margin"),
-)
-
-
-def verdict(gain: Mean | None) -> str:
-    """Holds, fails or not shown: where the interval of a difference, claimed to be above zero, lies."""
-    if gain is None:
-        return "not run"
-    word = "**not shown**"
-    if gain.mean - gain.half > 0:
-        word = "**holds**"
-    if gain.mean + gain.half < 0:
-        word = "**fails**: it is the other way round"
-    return f"{word} ({signed(gain)}, {gain.seeds} seeds)"
-
-
-def claims_table(kinds: Kinds, fresh: Kinds) -> str:
-    """What the main worlds say of each claim, and the fresh ones, and those of other noise."""
-    columns = {f"{run.NOISE:.0%} wrong labels": (kinds, run.NOISE), "fresh seeds": (fresh, run.NOISE)}
-    columns |= {f"{noise:.0%}": (kinds, noise) for noise in run.NOISES if noise != run.NOISE}
-    claims = []
-    for length in run.LENGTHS:
-        for words, better, worse in CLAIMS:
-            claims.append((f"{words}, {length} responses", length, better, length, worse))
-    claims.append(("three responses of one author beat two (CLHA)", 3, "CLHA", 2, "CLHA"))
-    lines = [["claim", *columns]]
-    for words, length, better, other_length, worse in claims:
-        line = [words]
-        for worlds, noise in columns.values():
-            first = worlds[length][noise].get(better, {})
-            second = worlds[other_length][noise].get(worse, {})
-            line.append(verdict(difference(first, second)))
-        lines.append(line)
+def likelihood_table(rows: dict[str, Seeds]) -> str:
+    """Dev log-probs per token at the end of training, of the best and the worst response by reward."""
+    lines = [["method", "best", "worst", "best - worst"]]
+    for label, seeds in rows.items():
+        best, worst = score(seeds, "logps/chosen"), score(seeds, "logps/rejected")
+        if best and worst and label != "CoH":  # whose texts are others
+            lines.append(
+                [label, *(f"{value:.2f}" for value in (best.mean, worst.mean, best.mean - worst.mean))]
+            )
     return evaluate.markdown(lines)
+
+
+def worlds_of(rows: list[Record]) -> dict[str, dict[str, Seeds]]:
+    """The rows of other worlds: {world: {method: {seed: row}}}."""
+    worlds: dict[str, dict[str, Seeds]] = {}
+    for row in rows:
+        worlds.setdefault(row["world"], {}).setdefault(row["method"], {})[row["seed"]] = row
+    return {world: worlds[world] for world in run.WORLDS if world in worlds}
+
+
+GAINS = {  # of gate and filter, over neither
+    "gate": "CLHA w/o filter",
+    "filter": "CLHA w/o gate",
+    "both": "CLHA",
+}
+
+
+def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
+    """What rescoring adds in each world."""
+    lines = [["world", "SFT", "neither", *(f"{name} - neither" for name in GAINS), "seeds"]]
+    for world, rows in worlds.items():
+        neither = rows.get("CLHA w/o gate and filter", {})
+        cells = [cell(score(rows.get("SFT", {}), "gold")), cell(score(neither, "gold"))]
+        cells += [cell(difference(rows.get(label, {}), neither), "+.2f") for label in GAINS.values()]
+        lines.append([world, *cells, str(len(neither))])
+    return evaluate.markdown(lines)
+
+
+def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
+    """What gate, filter and both add in each world, with 95 % intervals."""
+    pyplot = reward.import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.45 * len(worlds)), layout="constrained")
+    axes.axvline(0, color="black", linewidth=0.8)
+    styles = {"gate": ("^", "white"), "filter": ("o", "0.6"), "both": ("s", "black")}
+    for place, (name, (marker, color)) in enumerate(styles.items()):
+        gains = []
+        for rows in worlds.values():
+            gains.append(difference(rows[GAINS[name]], rows["CLHA w/o gate and filter"]))
+        heights = [height + 0.22 * (place - 1) for height in range(len(worlds))]
+        halves = [gain.half() if gain.seeds > 1 else 0 for gain in gains]
+        style = {"fmt": marker, "color": "black", "markerfacecolor": color, "capsize": 2, "label": name}
+        axes.errorbar([gain.mean for gain in gains], heights, xerr=halves, **style)
+    axes.set_yticks(range(len(worlds)), [*worlds])
+    axes.invert_yaxis()
+    axes.set_xlabel("gold reward, minus that of neither gate nor filter; 95 % interval over seeds")
+    axes.legend(frameon=False)
+    reward.save_picture(figure, str(path))
+
+
+def tuning_table(tuning: list[Record]) -> str:
+    """Mean dev gold of every setting; the chosen ones in bold."""
+    golds: dict[str, list[float]] = {}
+    for row in tuning:
+        golds.setdefault(row["settings"], []).append(row["gold"])
+    best = {run.settings_name(settings) for settings in run.chosen(tuning).values()}
+    lines = [["method", "settings", "dev gold"]]
+    for method, grid in run.GRIDS.items():
+        for settings in grid:
+            name = run.settings_name(settings)
+            if name in golds:
+                mark = "**" if name in best else ""
+                lines.append(
+                    [method, f"{mark}{name.split(' ', 1)[1]}{mark}", f"{statistics.mean(golds[name]):.2f}"]
+                )
+    return evaluate.markdown(lines)
+
+
+def edges(tuning: list[Record]) -> str:
+    """Which chosen values are the smallest or the largest of four that were tried."""
+    found = []
+    for method, settings in run.chosen(tuning).items():
+        for name, value in settings.items():
+            tried = sorted({grid[name] for grid in run.GRIDS[method]})
+            if len(tried) >= 4 and value in (tried[0], tried[-1]):
+                found.append(f"{method} ({name} {value:g} of {tried[0]:g} to {tried[-1]:g})")
+    return ", ".join(found) or "none"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def plot_noise(kinds: Kinds) -> str:
-    """Gold reward against the share of wrong labels, a panel per number of responses."""
+def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
+    """A forest plot: the endpoints, then CLHA minus every other row, with 95 % intervals."""
     pyplot = reward.import_pyplot()
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axes, (length, by_noise) in zip(panels, kinds.items(), strict=True):
-        for number, label in enumerate(LABELS):
-            means = {noise: score(rows[label]) for noise, rows in by_noise.items() if label in rows}
-            if len(means) > 1:
-                color = {"CLHA": "black", "base": "0.7"}.get(label, f"C{number % 10}")
-                dashes = "--" if label in run.ABLATIONS else "-"
-                heights = [mean.mean for mean in means.values()]
-                halves = [mean.half if mean.seeds > 1 else 0 for mean in means.values()]
-                style = {"color": color, "linestyle": dashes, "marker": "o", "capsize": 2}
-                axes.errorbar(list(means), heights, halves, label=label, **style)
-        axes.set(title=f"{length} responses per query", xlabel="share of wrong labels", xticks=list(by_noise))
-    panels[0].set_ylabel("gold reward")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    path = DOCS / "noise.png"
+    others = [label for label in rows if label not in ("CLHA", "base", *ENDPOINTS.values())]
+    items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
+    items += [(f"CLHA - {label}", difference(rows["CLHA"], rows[label]), "o") for label in others]
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(items)), layout="constrained")
+    axes.axvspan(-EQUAL, EQUAL, color="0.9")
+    axes.axvline(0, color="black", linewidth=0.8)
+    for height, (_, gain, marker) in enumerate(items):
+        half = gain.half() if gain.seeds > 1 else 0
+        style = {
+            "color": "black",
+            "marker": marker,
+            "capsize": 3,
+            "markerfacecolor": "black" if marker == "s" else "white",
+        }
+        axes.errorbar(gain.mean, height, xerr=half, **style)
+    axes.set_yticks(range(len(items)), [name for name, _, _ in items])
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in gold reward, CLHA minus the other; 95 % interval over seeds")
     reward.save_picture(figure, str(path))
-    return f"![Gold reward against the share of wrong labels]({path})\n"
 
 
-def reading() -> str:
-    """What people made of the numbers, if it was of these: it names a hash of runs.jsonl."""
-    path = DOCS / "reading.md"
-    text = path.read_text() if path.is_file() else ""
-    found = hashlib.sha256((DOCS / "runs.jsonl").read_bytes()).hexdigest()
-    return text if found[:12] in text else ""
+def read(folder: Path) -> tuple[list[Record], dict[str, Seeds]]:
+    """The rows of tuning, and those on fresh seeds by method in the order of the study."""
+    fresh = run.read_rows(folder / "fresh.jsonl")
+    tuning = run.read_rows(folder / "tuning.jsonl") or run.read_rows(run.ROWS / "tuning.jsonl")
+    rows: dict[str, Seeds] = {}
+    for label, settings in run.compared(tuning).items():
+        name = run.settings_name(settings)
+        own = [row for row in fresh if row["method"] == label and row["settings"] == name]
+        if own:
+            rows[label] = {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
+    return tuning, rows
 
 
-def write() -> None:
-    """Writes RESULTS.md and its pictures; raises InputError without the runs of the main worlds."""
-    runs_file = DOCS / "runs.jsonl"
-    worlds = read_runs(runs_file)
-    name = run.world_name(run.NOISE, 2)
-    if name not in worlds:
-        raise InputError(f"{runs_file}: has no run of the world {name}")
-    kinds = kinds_of(worlds)
-    unseen = DOCS / "unseen.jsonl"
-    fresh = kinds_of(read_runs(unseen) if unseen.is_file() else {})
-    main = kinds[2][run.NOISE]
-    bases = {f"{noise:.0%}": rows.get("base", {}) for noise, rows in kinds[2].items()}
-    page = TEMPLATE.read_text().format(
-        run=run,
-        claims=claims_table(kinds, fresh),
-        reading=reading(),
-        two=main_table(main, "gold"),
-        three=main_table(kinds[3][run.NOISE], "gold"),
-        anatomy=parts_table("method", main, "anatomy"),
-        noise_picture=plot_noise(kinds),
-        noise_two=noise_table(kinds[2]),
-        noise_three=noise_table(kinds[3]),
-        rescoring=parts_table("wrong labels", bases, "rescoring"),
-        sweeps=sweep_table(worlds[name]),
-        likelihoods=parts_table("method", main, "likelihoods"),
-        real=main_table(label_rows(worlds.get("real", {}), 2), "reward"),
+def write(folder: Path, page: Path) -> None:
+    """Writes the page, and its picture into `folder`. Raises InputError without the endpoints' rows."""
+    tuning, rows = read(folder)
+    found = endpoints(rows)
+    picture = folder / "endpoints.png"
+    plot(found, rows, picture)
+    seeds = sorted({seed for of_method in rows.values() for seed in of_method})
+    asked = f"{len(run.FRESH_SEEDS)}, {run.FRESH_SEEDS[0]} to {run.FRESH_SEEDS[-1]}"
+    worlds = worlds_of(run.read_rows(folder / "worlds.jsonl"))
+    told = "Not run; `python -m study.run vary` does it.\n"
+    if worlds:
+        worlds = {run.MAIN: rows} | worlds
+        plot_worlds(worlds, folder / "worlds.png")
+        picture_of = (folder / "worlds.png").relative_to(page.parent)
+        told = f"![What gate, filter and both add in each world]({picture_of})\n\n{worlds_table(worlds)}"
+    measured = run.read_rows(measuring.ROWS)
+    text = TEMPLATE.read_text().format(
+        seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]} (the protocol's are {asked})",
+        picture=picture.relative_to(page.parent),
+        equal=EQUAL,
+        level=LEVEL,
+        answer=answer(found, rows),
+        endpoints=endpoint_table(found, rows),
+        methods=method_table(rows),
+        gold=subset_table(rows, "gold"),
+        rewards=subset_table(rows, "reward"),
+        bleu=subset_table(rows, "char_bleu"),
+        anatomy=parts_table(rows, "anatomy"),
+        rescoring=parts_table(rows, "rescoring"),
+        likelihoods=likelihood_table(rows),
+        tuning=tuning_table(tuning),
+        edges=edges(tuning),
+        worlds=told,
+        measuring=measuring.table(measured),
     )
-    Path("RESULTS.md").write_text(page)
-
-
-def collect(out: Path) -> None:
-    """Makes docs/study/runs.jsonl of the finished runs of a folder; raises InputError if there are none."""
-    rows = [json.loads(path.read_text()) for path in sorted(out.glob("**/row.json"))]
-    if not rows:
-        raise InputError(f"{out}: no finished runs in it; `python -m study.run toy --out {out}` makes them")
-    reward.write_jsonl(DOCS / "runs.jsonl", rows)
+    page.write_text(text)
 
 
 def main() -> None:
     """Parses the command line and writes the report."""
     parser = reward.Parser(description=__doc__)
-    parser.add_argument("--runs", type=Path, help="folder of study.run, whose rows become runs.jsonl first")
+    parser.add_argument(
+        "--rows", type=Path, default=run.ROWS, help="folder with fresh.jsonl, and tuning.jsonl"
+    )
     args = parser.parse_args()
-    reward.import_pyplot()  # what is missing is said before the work
-    if args.runs:
-        collect(args.runs)
-    write()
-    print(f"RESULTS.md is written, with its pictures in {DOCS}")
+    page = (run.ROWS.parents[1] if args.rows == run.ROWS else args.rows) / "RESULTS.md"
+    write(args.rows, page)
+    print(f"{page} is written, with its picture in {args.rows}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 The paper's RLHF is PPO (Ouyang et al., 2022). Here it is RLOO (Ahmadian et al., 2024, arXiv:2402.14740):
 REINFORCE whose baseline is the mean reward of the other responses to the same prompt. (TRL's PPO is gone,
-huggingface/trl#7020, and took no reward function.) The model samples its own responses: of the records only
-the prompts are read. With a low --kl_beta it learns to please the reward model.
+huggingface/trl#7020, and took no reward function.) The model samples its own responses: only the records'
+prompts are read. With a low --kl_beta it learns to game the reward model.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response")
     flag("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
     flag("--save_every", type=int, default=0, help="steps between model folders OUTPUT_DIR/step-N; 0: none")
-    flag("--kl_beta", type=float, default=0.05, help="price of a nat from the base model")
+    flag("--kl_beta", type=float, default=0.05, help="weight of the KL to the base model")
     flag("--seed", type=int, default=42, help="of the data order and the sampling")
     return parser.parse_args(argv)
 

@@ -2,11 +2,12 @@
 
     python -m study.run tune                        eight settings per method on tuning seeds, by dev gold
     python -m study.run compare --seeds 100 101     the tuned methods and CLHA's ablations on fresh seeds
+    python -m study.run vary --seeds 100 101        CLHA with and without rescoring in other worlds
     python -m study.report                          RESULTS.md from the rows
 
-A row of OUT/tuning.jsonl or OUT/fresh.jsonl is one run. What has a row is not repeated, so the same command
-resumes a study that was stopped; --jobs runs work side by side. All runs of a seed share data, base model and
-reward models. What is measured is the mean of the weights of a run's last four checkpoints.
+A row of OUT/tuning.jsonl, fresh.jsonl or worlds.jsonl is one run. Runs with a row are not repeated, so the
+same command resumes a stopped study; up to --jobs of them run in parallel. All runs of a seed share data,
+base model and reward models. A run's model is the mean of the weights of its last four checkpoints.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +89,29 @@ ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings
 RELEASED: Settings = {"objective": "released", "learning_rate": 5e-4} | baselines.RELEASED
 
 
+MAIN = "labels flipped, 20 %"
+WORLDS: dict[
+    str, Settings
+] = {  # Section 4 of the protocol: the options of toy.py, and what becomes of rewards
+    "labels flipped, 0 %": {"label_noise": 0.0},
+    MAIN: {},
+    "labels flipped, 40 %": {"label_noise": 0.4},
+    "labels drawn by the gold gap": {"by_gap": True},
+    "15 % without a good response": {"label_noise": 0.0, "hopeless": 0.15},
+    "45 % without a good response": {"label_noise": 0.0, "hopeless": 0.45},
+    "75 % without a good response": {"label_noise": 0.0, "hopeless": 0.75},
+    "centered rewards": {"rewards": "centered"},
+    "standardized rewards": {"rewards": "standardized"},
+    "a reward model of a quarter of the data": {"pairs": 1536},
+    "a reward model of a sixteenth of the data": {"pairs": 384},
+    "three responses": {"length": 3},
+    "three responses, one by a better author": {"length": 3, "better_last": True},
+    "even errors": {"even": True},
+}
+IN_WORLDS = ("SFT", "CLHA", "CLHA w/o gate", "CLHA w/o filter", "CLHA w/o gate and filter")
+WORLD_SEEDS = FRESH_SEEDS[:10]
+
+
 def settings_name(settings: Settings) -> str:
     """The settings of a run in a line: "clha alpha=0.05 learning_rate=0.0005"."""
     values = dict(settings)
@@ -132,21 +157,26 @@ class World:
     rm_eval: Path  # the one of the evaluation, which no training sees
 
 
-def toy_world(out: Path, seed: int, noise: float = 0.2, length: int = 2) -> World:
-    """A toy world; its seed's base model serves every noise and length, its reward models every length."""
+def toy_world(out: Path, seed: int, name: str = MAIN) -> World:
+    """One of the WORLDS; those of a seed share the base model, and reward models if their data are alike."""
+    options = WORLDS[name] | {}
+    rewards = options.pop("rewards", "raw")
     home = out / f"seed-{seed}"
-    noisy = home / f"noise-{noise:g}"
-    folder = noisy / f"length-{length}"
-    home.mkdir(parents=True, exist_ok=True)
+    folder = home / name
+    folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(home / ".lock"):  # runs of a seed work side by side
         data = folder / "data"
         if not data.exists():
-            toy.write(data, seed, label_noise=noise, length=length)
-        base = train_base(data, home)
-        rm_train = train_reward_model(base, data / "rm_train.jsonl", noisy, seed)
-        rm_eval = train_reward_model(base, data / "rm_eval.jsonl", noisy, seed + 1)
-        train_data = score(rm_train, data / "train.jsonl", folder)
-        dev_data = score(rm_train, data / "dev.jsonl", folder)
+            toy.write(data, seed, **options)
+        own = ("length", "hopeless", "better_last")  # what reward models do not see
+        labels = [f"{key}={value}" for key, value in options.items() if key not in own]
+        shared = home / " ".join(["labels", *labels])
+        shared.mkdir(exist_ok=True)
+        base = train_base(data, shared if options.get("even") else home)
+        rm_train = train_reward_model(base, data / "rm_train.jsonl", shared, seed)
+        rm_eval = train_reward_model(base, data / "rm_eval.jsonl", shared, seed + 1)
+        train_data = score(rm_train, data / "train.jsonl", folder, rewards)
+        dev_data = score(rm_train, data / "dev.jsonl", folder, rewards)
     return World(folder, base, train_data, dev_data, data / "test.jsonl", rm_train, rm_eval)
 
 
@@ -167,7 +197,7 @@ def train_reward_model(base: Path, data: Path, folder: Path, seed: int) -> Path:
     if not out.exists():
         args = {"model": str(base), "data": str(data), "out": str(out), "seed": seed}
         args |= {"learning_rate": 7e-4, "norm_penalty": 0.001, "epochs": 1, "batch_size": 32}
-        args |= {"max_length": 1024, "pack_tokens": 4096, "template": "auto", "template_args": ""}
+        args |= {"max_length": 1024, "pack_tokens": 4096, "template": "auto"}
         reward.train(argparse.Namespace(**args))
     return out
 
@@ -180,12 +210,20 @@ def stage(name: str, data: Path, folder: Path, *flags: str) -> Path:
     return out
 
 
-def score(reward_model: Path, records: Path, folder: Path) -> Path:
-    """Scores records with reward.py, in a file of a folder, unless it is done."""
+def score(reward_model: Path, records: Path, folder: Path, rewards: str = "raw") -> Path:
+    """Records scored by reward.py, in a file of a folder: rewards raw, centered or standardized."""
     out = folder / records.name
     if not out.exists():
+        scored = out.with_suffix(".raw.jsonl")
         model = reward.load_reward_model(str(reward_model))
-        reward.write_scores(model, reward.read_records(records), out)
+        reward.write_scores(model, reward.read_records(records), scored)
+        rows = reward.read_records(scored, ["rewards"])
+        values = [value for row in rows for value in row["rewards"]]
+        mean = 0.0 if rewards == "raw" else statistics.mean(values)
+        scale = statistics.pstdev(values) if rewards == "standardized" else 1.0
+        for row in rows:
+            row["rewards"] = [(value - mean) / scale for value in row["rewards"]]
+        reward.write_jsonl(out, rows)
     return out
 
 
@@ -324,13 +362,19 @@ class Task:
     method: str
     settings: Settings
     split: str  # "dev" or "test"
+    world: str = MAIN
+
+    def key(self) -> Record:
+        """What begins its row."""
+        name = settings_name(self.settings)
+        return {"world": self.world, "seed": self.seed, "method": self.method, "settings": name}
 
 
 def perform(task: Task, out: Path) -> Record:
     """Trains and measures a run in its world; its row."""
-    start = {"seed": task.seed, "method": task.method, "settings": settings_name(task.settings)}
+    start = task.key()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        world = toy_world(out, task.seed)
+        world = toy_world(out, task.seed, task.world)
         folder = world.folder / start["settings"]
         row = start | measure(world, task.settings, task.seed, task.split, folder)
     shutil.rmtree(folder, ignore_errors=True)  # its row says it all
@@ -345,13 +389,11 @@ def one_thread() -> None:
 
 def perform_all(tasks: list[Task], path: Path, args: argparse.Namespace) -> None:
     """Adds the rows of tasks to a file, as they end."""
-    rows = read_rows(path)
-    done = {(row["seed"], row["method"], row["settings"]) for row in rows}
-    known = [task for task in tasks if (task.seed, task.method, settings_name(task.settings)) in done]
-    todo = [task for task in tasks if task not in known]
+    done = [{name: row[name] for name in ("world", "seed", "method", "settings")} for row in read_rows(path)]
+    todo = [task for task in tasks if task.key() not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, one_thread)
-    with pool, tqdm(desc=str(path), total=len(tasks), initial=len(known)) as bar:
+    with pool, tqdm(desc=str(path), total=len(tasks), initial=len(tasks) - len(todo)) as bar:
         for row in pool.imap_unordered(partial(perform, out=args.out), todo):
             reward.append_jsonl(path, [row])
             bar.update()
@@ -371,12 +413,18 @@ def tune(args: argparse.Namespace) -> None:
     perform_all(tasks, args.out / "tuning.jsonl", args)
 
 
+def tuned(path: Path, methods: Iterable[str]) -> dict[str, Settings]:
+    """What `compared` makes of a file. Raises InputError if one of the methods is not tuned in it."""
+    rows = compared(read_rows(path))
+    missing = [method for method in methods if method not in rows]
+    if missing:
+        raise InputError(f"{path}: {missing[0]} is not tuned to the end; see `study.run tune`")
+    return rows
+
+
 def compare(args: argparse.Namespace) -> None:
     """test gold of the tuned methods and of CLHA's ablations on fresh seeds, as OUT/fresh.jsonl"""
-    rows = compared(read_rows(args.tuning))
-    missing = [method for method in args.methods or [*GRIDS] if method not in rows]
-    if missing:
-        raise InputError(f"{args.tuning}: {missing[0]} is not tuned to the end; see `study.run tune`")
+    rows = tuned(args.tuning, args.methods or GRIDS)
     tasks = []
     for start in range(0, len(args.seeds), args.jobs):  # as many worlds at a time as there are jobs
         seeds = args.seeds[start : start + args.jobs]
@@ -385,18 +433,33 @@ def compare(args: argparse.Namespace) -> None:
     perform_all(tasks, args.out / "fresh.jsonl", args)
 
 
+def vary(args: argparse.Namespace) -> None:
+    """test gold of CLHA with and without gate and filter in other worlds, as OUT/worlds.jsonl"""
+    rows = tuned(args.tuning, IN_WORLDS)
+    tasks = []
+    for world, method, seed in itertools.product(WORLDS, args.methods or IN_WORLDS, args.seeds):
+        settings = dict(rows[method])
+        if "alpha" in settings:  # grows with the number of responses, Section 3.3 of the paper
+            settings["alpha"] *= (WORLDS[world].get("length", 2) - 1) ** 2
+        if world != MAIN:  # which `compare` runs
+            tasks.append(Task(seed, method, settings, "test", world))
+    perform_all(tasks, args.out / "worlds.jsonl", args)
+
+
 def main() -> None:
     """Parses the command line and runs a part of the study."""
     parser = reward.Parser(description=__doc__)
-    for name, run in (("tune", tune), ("compare", compare)):
+    for name, run in (("tune", tune), ("compare", compare), ("vary", vary)):
         flag = parser.add_command(name, run)
         flag(
             "--out", type=Path, default=Path("out/study"), help="folder for the rows, and for worlds and runs"
         )
         flag("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each")
         flag("--methods", nargs="+", help="only these rows of the study, such as CLHA PRO")
-    flag("--seeds", type=int, nargs="+", default=[*FRESH_SEEDS], help="a world each")
-    flag("--tuning", type=Path, default=ROWS / "tuning.jsonl", help="rows that the settings follow from")
+        if name != "tune":
+            seeds = FRESH_SEEDS if name == "compare" else WORLD_SEEDS
+            flag("--seeds", type=int, nargs="+", default=[*seeds], help="a world each")
+            flag("--tuning", type=Path, default=ROWS / "tuning.jsonl", help="rows that settings follow from")
     args = parser.parse_args()
     reward.check_numbers(args, ["jobs"])
     reward.check_output(args.out, "folder")

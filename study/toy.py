@@ -8,11 +8,12 @@ data/init, an untrained model with its tokenizer. `gold` adds the true reward, "
 
 Real preference data cannot say whether an aligned model is truly better: what measures it is itself a
 learned reward model. Here a seeded grammar makes dialogues, and `gold` scores any text exactly. Imitation is
-not enough: every task has one usual mistake, made more often than not, which only comparing responses tells
-from the right step, and in more than two queries of five no response is worth imitating.
+not enough: every task has a usual mistake, made more often than not; only comparing responses
+tells it from the right step. In over two of five queries no response is worth imitating.
 """
 
 import argparse
+import math
 import random
 import re
 from pathlib import Path
@@ -239,13 +240,24 @@ def sample_prompt(rng: random.Random, subset: str, part: str) -> list[Turn]:
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
-def sample_response(rng: random.Random, task: Task, grade: str) -> str:
+class Kind(NamedTuple):
+    """What can be different about the queries of a world."""
+
+    label_noise: float = 0.2  # share of labels that prefer a worse response
+    by_gap: bool = False  # labels are drawn by Bradley-Terry from the gold rewards instead
+    hopeless: float | None = None  # share of queries without an acceptable response; None: as it comes
+    better_last: bool = False  # the last response is by a better author
+    even: bool = False  # the mistake is made at any step, so that the usual response is right
+
+
+def sample_response(rng: random.Random, task: Task, grade: str, even: bool = False) -> str:
     """A response to `task` of one of the `GRADES`: one to five sentences."""
     polite, rude, steps, mistake, swapped, closing = GRADES[grade]
     mistaken = rng.random() < mistake
+    trap = rng.randrange(len(task.steps)) if even else task.trap
     advice = []
     for k, step in enumerate(task.steps):
-        if k == task.trap and mistaken:
+        if k == trap and mistaken:
             advice.append(task.mistake)
         elif rng.random() < steps[k]:
             advice.append(step)
@@ -264,30 +276,39 @@ def sample_response(rng: random.Random, task: Task, grade: str) -> str:
     return " ".join(f"{text}." for text in said)
 
 
-def sample_record(rng: random.Random, part: str, length: int, noise: float) -> Record:
+def sample_record(rng: random.Random, part: str, length: int, kind: Kind) -> Record:
     """One query with `length` different responses: the labelled one first, the others in the order drawn."""
     subset = rng.choice(list(SUBSETS))
     prompt = sample_prompt(rng, subset, part)
     responses: list[str] = []
     while len(responses) < length:
         grade = rng.choices(list(GRADES), SUBSETS[subset][2])[0]
-        response = sample_response(rng, task_of(prompt), grade)
+        if kind.better_last and len(responses) == length - 1:
+            grade = "good"
+        response = sample_response(rng, task_of(prompt), grade, kind.even)
         if response not in responses:
             responses.append(response)
     best = max(responses, key=lambda response: gold(prompt, response))
     other = rng.choice([response for response in responses if response != best])
-    first = other if rng.random() < noise else best  # always drawn: noise changes labels only
+    wrong = kind.label_noise
+    if kind.by_gap:
+        wrong = 1 / (1 + math.exp(gold(prompt, best) - gold(prompt, other)))
+    first = other if rng.random() < wrong else best  # always drawn: noise changes labels only
     responses.remove(first)
     return {"prompt": prompt, "responses": [first, *responses], "chosen": 0, "subset": subset}
 
 
-def sample_split(seed: int, split: str, part: str, size: int, length: int, noise: float) -> list[Record]:
+def sample_split(seed: int, split: str, part: str, size: int, length: int, kind: Kind) -> list[Record]:
     """`size` records of one split, from a random stream of its own; prompts of dev and test never repeat."""
     rng = random.Random(f"{seed}/{split}")
     records: list[Record] = []
     asked: list[list[Turn]] = []
     while len(records) < size:
-        record = sample_record(rng, part, length, noise)
+        record = sample_record(rng, part, length, kind)
+        if kind.hopeless is not None:
+            hopeless = rng.random() < kind.hopeless
+            while hopeless != all(gold(record["prompt"], text) <= 0 for text in record["responses"]):
+                record = sample_record(rng, part, length, kind)
         if part == "train" or record["prompt"] not in asked:
             record["id"] = f"{split}-{len(records)}"
             records.append(record)
@@ -298,28 +319,29 @@ def sample_split(seed: int, split: str, part: str, size: int, length: int, noise
 def make_splits(
     seed: int,
     *,
-    label_noise: float = 0.2,
     length: int = 2,
     queries: int = 2048,
     base: int = 8192,
     pairs: int = 6144,
     dev: int = 160,
     test: int = 400,
+    **kind: Any,
 ) -> dict[str, list[Record]]:
     """All data of one seed as {split: records}, with four subsets in each.
 
-    `label_noise` in [0, 1] is the share of labels that prefer a worse response, `length` >= 2 the number of
-    responses in "train". Prompts of "dev" and "test" are pairs of task and phrasing that no other split has.
+    `length` >= 2 is the number of responses in "train", and `kind` what `Kind` has. Prompts of "dev" and
+    "test" are pairs of task and phrasing that no other split has.
     """
+    train = Kind(**kind)
+    other = train._replace(hopeless=None, better_last=False)
+    average = other._replace(label_noise=0.5, by_gap=False)  # of two: the base model learns the average
     return {
-        "pretrain": sample_split(
-            seed, "pretrain", "train", base, 2, 0.5
-        ),  # of two: the base model learns the average
-        "rm_train": sample_split(seed, "rm_train", "train", pairs, 2, label_noise),  # for training's rewards
-        "rm_eval": sample_split(seed, "rm_eval", "train", pairs, 2, label_noise),  # for the evaluation's
-        "train": sample_split(seed, "train", "train", queries, length, label_noise),
-        "dev": sample_split(seed, "dev", "dev", dev, 2, label_noise),
-        "test": sample_split(seed, "test", "test", test, 2, label_noise),
+        "pretrain": sample_split(seed, "pretrain", "train", base, 2, average),
+        "rm_train": sample_split(seed, "rm_train", "train", pairs, 2, other),  # for training's rewards
+        "rm_eval": sample_split(seed, "rm_eval", "train", pairs, 2, other),  # for the evaluation's
+        "train": sample_split(seed, "train", "train", queries, length, train),
+        "dev": sample_split(seed, "dev", "dev", dev, 2, other),
+        "test": sample_split(seed, "test", "test", test, 2, other),
     }
 
 
@@ -374,7 +396,7 @@ def write(out: str | Path, seed: int, **options: Any) -> None:
 
 def add_gold(data: str, responses: str, out: str | Path) -> None:
     """Writes a file of responses again, with the true reward "gold" of each. Raises InputError."""
-    reward.check_output(out, "file")
+    reward.check_output(out, "new")
     records = reward.read_records(data)
     rows = evaluate.read_responses(responses, records)
     for record, row in zip(records, rows, strict=True):
@@ -396,8 +418,11 @@ def make(args: argparse.Namespace) -> None:
 def add_golds(args: argparse.Namespace) -> None:
     """add the true reward to responses"""
     for path in args.responses:
-        several = len(args.responses) > 1
-        add_gold(args.data, path, Path(args.out) / Path(path).name if several else args.out)
+        out = Path(args.out) / Path(path).name if len(args.responses) > 1 else Path(args.out)
+        if out.exists() and len(args.responses) > 1:
+            print(f"kept    {out}: already there")
+        else:
+            add_gold(args.data, path, out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -132,8 +132,8 @@ def test_files(tmp_path: Path, refused: Any, name: str, content: Any, message: s
         ({"chosen": 2}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": -1}, '"chosen" must be the index of a response, 0 to 1'),
         ({"chosen": True}, '"chosen" must be the index of a response, 0 to 1'),
-        ({"id": ["a"]}, '"id" must be a text or an integer, and "subset" a text'),
-        ({"subset": ["a"]}, '"id" must be a text or an integer, and "subset" a text'),
+        ({"id": ["a"]}, '"id" must be a string or integer, "subset" a string'),
+        ({"subset": ["a"]}, '"id" must be a string or integer, "subset" a string'),
         ({"rewards": None}, '"rewards" must be 2 finite numbers'),
         ({"rewards": "high"}, '"rewards" must be 2 finite numbers, one per response'),
         ({"rewards": [1.0]}, '"rewards" must be 2 finite numbers'),
@@ -235,7 +235,7 @@ def test_flags_out_of_range(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch_size 3", "--batch_size 3: there are only 2 queries"),
+        ("--batch_size 3", "--batch_size 3: must be at most 2, the queries there are"),
         ("--batch_size 2 --epochs 0.1", "--epochs 0.1: makes 0 steps"),
         ("--batch_size 1 --dev_data nowhere.jsonl", "nowhere.jsonl"),
     ],
@@ -390,7 +390,7 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
         (
             normalizer_that_removes_all,
-            "response 0: has no tokens, or no token that ends it",
+            "response 0: has no tokens, or no end-of-turn token",
         ),
         (
             remove("model.safetensors"),
@@ -404,7 +404,7 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
         (tear("tokenizer.json", 1000), "model: cannot be loaded ("),
         (bare_sentencepiece, "model: cannot be loaded ("),
         (drop_eos, "model: the tokenizer has no EOS"),
-        (drop_bos, "model: the LLaMA tokenizer drops BOS; the folder needs a right tokenizer.json"),
+        (drop_bos, "model: the LLaMA tokenizer drops BOS; the folder needs a valid tokenizer.json"),
     ],
 )
 def test_models(
@@ -556,8 +556,8 @@ PROGRAMS = {
         ),
         ("reward.py score --model nowhere --data {data} --out {tmp}/o", "nowhere: "),
         ("reward.py score --model {world}/init --data {tmp}/no --out {tmp}/o", "no: no such file"),
-        ("reward.py score --model {world}/init --data {data} --out {tmp}", "is a folder; it must be a file"),
-        ("reward.py train --model {world}/init --data {data} --out {tmp}", "exists already"),
+        ("reward.py score --model {world}/init --data {data} --out {tmp}", "already exists"),
+        ("reward.py train --model {world}/init --data {data} --out {tmp}", "already exists"),
         (
             "reward.py train --model {world}/init --data {data} --out {tmp}/o --batch_size 0",
             "--batch_size 0: must",
@@ -569,12 +569,12 @@ PROGRAMS = {
         ("prepare_data.py hh --source {tmp} --out {tmp}/o --dev_items -1", "--dev_items -1: must be"),
         ("evaluate.py generate --model {world}/init --data {tmp}/no --out {tmp}/o", "no: no such file"),
         ("evaluate.py generate --model nowhere --data {data} --out {tmp}/o", "nowhere: "),
-        ("evaluate.py requests --model m --data {data} --out {tmp}", "is a folder; it must be a file"),
+        ("evaluate.py requests --model m --data {data} --out {tmp}", "already exists"),
         ("evaluate.py table {tmp}", "scores.json"),
         ("evaluate.py best {tmp}", "scores.json"),
         ("baselines --objective ppo --model m --train_data d --output_dir {tmp}/o", "invalid choice: 'ppo'"),
         ("baselines labels --data {tmp}/no --out {tmp}/o", "no: no such file"),
-        ("toy make --out {tmp}", "exists already"),
+        ("toy make --out {tmp}", "already exists"),
         ("toy make --out {tmp}/o --queries 0", "--queries 0: must be"),
         ("toy make --out {tmp}/o --label_noise 20", "--label_noise 20.0: must be"),
         ("people sheets {tmp} {tmp} --out {tmp}/o", "responses.jsonl"),

@@ -238,7 +238,7 @@ def test_a_tokenizer_that_merges_across_the_start_of_a_response_is_refused() -> 
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence([])
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(InputError, match=r"^response 0: its dialogue does not begin as its prompt"):
+    with pytest.raises(InputError, match=r"^response 0: dialogue does not begin with its prompt"):
         clha.encode(GOOD, merging, WIDE)
 
 

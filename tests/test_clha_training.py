@@ -325,6 +325,23 @@ def test_two_processes_train_like_one(world: Path, data: Path, one_process: Path
         assert_same_run(tmp_path / name, tmp_path / f"one_{name}", world / "init")
 
 
+def train_on_own_data(settings: clha.Config) -> None:
+    """A run in which each process has a file of its own, as on machines whose copies differ."""
+    settings.train_data = settings.train_data.format(os.environ["RANK"])
+    clha.train(settings)
+
+
+def test_processes_that_read_different_data_are_refused(world: Path, data: Path, tmp_path: Path) -> None:
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "data-0.jsonl").write_text("".join(lines))
+    (tmp_path / "data-1.jsonl").write_text("".join(lines[::-1]))
+    settings = small(world, tmp_path / "data-{}.jsonl", tmp_path / "run", token_cache="")
+    codes = start(tmp_path / "printed", train_on_own_data, settings, store=torchrun_store())
+    assert codes == [2, 2]
+    assert "data-0.jsonl: the processes read different data" in (tmp_path / "printed").read_text()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_copies_must_divide_the_processes(world: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(clha.InputError, match="--replicate 2: must divide the 1 processes"):
         clha.train(small(world, data, tmp_path / "run", replicate=2))
@@ -510,7 +527,7 @@ def test_max_steps_overrules_epochs(max_steps: int, epochs: float, steps: int) -
 
 @pytest.mark.parametrize(
     ("queries", "epochs", "message"),
-    [(3, 2, "--batch_size 4: there are only 3 queries"), (11, 0.1, "--epochs 0.1: makes 0 steps")],
+    [(3, 2, "--batch_size 4: must be at most 3"), (11, 0.1, "--epochs 0.1: makes 0 steps")],
 )
 def test_no_step_at_all_is_refused(queries: int, epochs: float, message: str) -> None:
     settings = clha.Config("m", "d", "o", batch_size=4, epochs=epochs)
@@ -623,12 +640,12 @@ def test_a_tracker_gets_each_step_and_a_missing_one_is_a_line(
 ) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     clha.train(small(world, data, tmp_path / "run", tracker="tensorboard", max_steps=2))
-    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/clha"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(row["step"], pytest.approx(row["loss"])) for row in log(tmp_path / "run")]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(clha.InputError, match="--tracker wandb: not installed; pip install wandb"):
+    with pytest.raises(clha.InputError, match="--tracker: pip install accelerate wandb"):
         clha.train(small(world, data, tmp_path / "other", tracker="wandb"))
     assert not (tmp_path / "other/final").exists()
 
@@ -642,12 +659,15 @@ def test_a_tracker_that_fails_ends_no_run(
 ) -> None:
     calls = []
 
-    def fail(metrics: dict[str, float], step: int) -> None:
-        calls.append(step)
-        raise ConnectionError("connection reset")
+    class Tracker:
+        """One whose network is down."""
 
-    monkeypatch.setattr(clha, "start_tracker", lambda config: fail)
-    clha.train(small(world, data, tmp_path / "run", max_steps=2))
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            calls.append(step)
+            raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(clha, "start_tracker", lambda config: Tracker())
+    clha.train(small(world, data, tmp_path / "run", max_steps=2, tracker="wandb"))
     assert calls == [1] and len(log(tmp_path / "run")) == 2
     assert "warning --tracker: connection reset; nothing more is sent" in capsys.readouterr().out
 

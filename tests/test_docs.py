@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -76,8 +77,23 @@ def test_links_lead_to_files() -> None:
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def python_blocks() -> list[str]:
+    """The code in docs/parts.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/parts.md").read_text(), re.DOTALL)
+
+
+def test_from_records_to_a_gradient(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "world").symlink_to(world)
+    (tmp_path / "mine.jsonl").write_text("".join((world / "scored.jsonl").open().readlines()[:3]))
+    names: dict[str, Any] = {}
+    exec(python_blocks()[1], names)
+    assert names["loss"].item() > 0
+    assert all(weight.grad.isfinite().all() for weight in names["policy"].parameters())
+
+
 def test_the_loss_of_ten_lines_trains(world: Path, tmp_path: Path) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/parts.md").read_text(), re.DOTALL)
+    code, _ = python_blocks()
     (tmp_path / "my_loss.py").write_text(code)
     flags = {"model": world / "init", "train_data": world / "scored.jsonl", "output_dir": tmp_path / "run"}
     flags |= {"batch_size": 4, "max_steps": 2}

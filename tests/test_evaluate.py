@@ -368,7 +368,8 @@ def test_generate_does_not_go_on_with_other_settings(
     policy_folder: Path, data: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["generate", "--model", policy_folder, "--data", data, "--batch_size", 1, "--max_new_tokens", 4]
-    command += ["--temperature", 1, "--out", tmp_path / "out.jsonl"]
+    out = tmp_path / "out.jsonl"
+    command += ["--temperature", 1, "--out", out]
     calls = interrupt(monkeypatch, evaluate, "sample", after=99)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, evaluate, "sample", after=1)
@@ -379,11 +380,14 @@ def test_generate_does_not_go_on_with_other_settings(
         calls.clear()
         program(*command, flag, 3)
         assert len(calls) == 3  # all parts are made
-        outputs.add((tmp_path / "out.jsonl").read_bytes())
+        outputs.add(out.read_bytes())
+        out.unlink()
     calls.clear()
     program(*command)
     assert len(calls) == 2  # the part made before is still there
-    assert len(outputs | {(tmp_path / "out.jsonl").read_bytes()}) == 3
+    assert len(outputs | {out.read_bytes()}) == 3
+    with pytest.raises(InputError, match="already exists"):
+        program(*command)
 
 
 def test_a_response_that_is_cut_is_not_finished(policy: tuple[Any, Any]) -> None:
@@ -410,12 +414,14 @@ def test_generate_passes_its_flags_on(
         return [{"response": "so", "finished": True}] * len(prompts)
 
     monkeypatch.setattr(evaluate, "sample", sample)
-    command = ["generate", "--model", policy_folder, "--data", data, "--out", tmp_path / "out.jsonl"]
-    program(*command)
-    program(
-        *command, "--max_new_tokens", 5, "--max_prompt_length", 50, "--batch_size", 99, "--temperature", 0.5
-    )
-    program(*command, "--response_prefix", "Good answer:", "--stop_strings", "Good answer:", "Bad answer:")
+    flags = [
+        [],
+        ["--max_new_tokens", 5, "--max_prompt_length", 50, "--batch_size", 99, "--temperature", 0.5],
+        ["--response_prefix", "Good answer:", "--stop_strings", "Good answer:", "Bad answer:"],
+    ]
+    for number, own in enumerate(flags):
+        out = tmp_path / f"{number}.jsonl"
+        program("generate", "--model", policy_folder, "--data", data, "--out", out, *own)
     first = {"max_new_tokens": 128, "max_prompt_length": 384, "batch_size": 64, "temperature": 0.0}
     first |= {"response_prefix": "", "stop_strings": ()}
     second = {"max_new_tokens": 5, "max_prompt_length": 50, "batch_size": 99, "temperature": 0.5}
@@ -452,6 +458,7 @@ def test_a_request_of_openais_batch_format(data: Path, tmp_path: Path, program: 
         },
     }
     assert json.loads(first)["custom_id"] == "item-0"
+    out = tmp_path / "other.jsonl"
     program("requests", "--data", data, "--model", "m", "--out", out, "--max_new_tokens", 9)
     assert json.loads(out.read_text().splitlines()[0])["body"]["max_completion_tokens"] == 9
 
@@ -506,10 +513,10 @@ def test_batch_output_and_lines_of_ours_are_read_alike(tmp_path: Path) -> None:
         ([OPENAI], "has no response to 1 of the records, such as item-0"),
         ([OPENAI, VLLM, VLLM], "line 3: a second response to item-0; score needs one per record"),
         ([OPENAI.replace("item-1", "item-9")], "line 1: no record has the id item-9"),
-        ([OPENAI, EXPIRED], 'line 2: needs "id" and "response", two texts, or a line of OpenAI'),
+        ([OPENAI, EXPIRED], 'line 2: needs "id" and "response", two strings, or a successful line of OpenAI'),
         ([OPENAI, EXPIRED], "This request could not be executed before the completion window expired."),
         ([FAILED], "The model `x` does not exist."),
-        ([REFUSED], "that succeeded, not {"),
+        ([REFUSED], "OpenAI's batch output, not {"),
         ([OPENAI.replace('"choices": [{', '"choice": [{')], "line 1: needs"),
         ([OPENAI.replace('"custom_id": "item-1"', '"custom_id": 1')], "line 1: needs"),
         (['{"id": "item-0"}'], "line 1: needs"),
@@ -778,7 +785,7 @@ SCORE = "score --data {data} --reward_model {rm} --out {out} --responses"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (f"{GENERATE} --out {{folder}}", "folder: is a folder"),
+        (f"{GENERATE} --out {{folder}}", "folder: already exists"),
         (f"{GENERATE} --out {{data}}/x", "data.jsonl is a file"),
         (f"{GENERATE} --out {{out}} --num_responses 2", "--num_responses: greedy responses are all the same"),
         (f"{GENERATE} --out {{out}} --num_responses 0", "--num_responses 0: must be"),
@@ -791,9 +798,9 @@ SCORE = "score --data {data} --reward_model {rm} --out {out} --responses"
         ("generate --model {folder} --data {data} --out {out}", "/folder: "),
         ("generate --model {policy} --data {twins} --out {out}", "two records have the id item-0"),
         ("generate --model {policy} --data {nowhere} --out {out}", "nowhere"),
-        ("requests --model m --data {number} --out {out}", '"id" must be a text or an integer'),
+        ("requests --model m --data {number} --out {out}", '"id" must be a string or integer'),
         ("requests --model m --data {twins} --out {out}", "two records have the id item-0"),
-        ("requests --model m --data {data} --out {folder}", "folder: is a folder"),
+        ("requests --model m --data {data} --out {folder}", "folder: already exists"),
         (f"{SCORE} {{data}}", 'line 1: needs "id" and "response"'),
         (f"{SCORE} {{good}} {{folder}}/good.jsonl", "/good is taken; rename the file"),
         (f"{SCORE} {{folder}}/...jsonl", "/.. is taken; rename the file"),

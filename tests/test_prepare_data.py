@@ -198,7 +198,7 @@ TABLE = """\
 
 41 queries read, 4 of them left out
   4: an empty response
-5 dev queries, which took 5 out of the test set
+5 dev queries; 5 taken out of the test set
 """
 
 
@@ -318,7 +318,7 @@ def test_the_authors_files_keep_their_rewards_and_dev_leaves_the_test_set(
     printed = capsys.readouterr().out
     sets = read_splits(tmp_path / "data")
     assert {split: len(records) for split, records in sets.items()} == {"train": 1, "dev": 3, "test": 4}
-    assert "3 dev queries, which took 2 out of the test set" in printed
+    assert "3 dev queries; 2 taken out of the test set" in printed
     assert "10 queries read, 0 of them left out" in printed
     assert "dev: 3 queries, rewards 0.458 +- 0.900; the best response is above 0" in printed
     assert sets["train"][0]["rewards"] == [2.0, 1.0, -1.0] and sets["train"][0]["subset"] == "helpful-online"
@@ -531,7 +531,7 @@ def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
     [
         (
             [{"question": "Tea?", "answer": "Yes"}],
-            "has the columns question, answer, of no format known here",
+            "has the columns question, answer, in no known format",
         ),
         ([{"prompt": "Tea?", "chosen": "Yes", "rejected": "Yes"}], "none of its 1 rows can be used"),
         ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
@@ -593,7 +593,7 @@ def test_a_third_response_from_a_file(
     one, two = reward.read_records(tmp_path / "three.jsonl")
     assert one == first
     assert two == queries(2)[1] | {"responses": ["a", "b", "Ask Ann."]}
-    with pytest.raises(InputError, match=r"three.jsonl: exists already"):
+    with pytest.raises(InputError, match=r"three.jsonl: already exists"):
         run(monkeypatch, *flags, "--out", tmp_path / "three.jsonl")
 
 
@@ -619,9 +619,9 @@ WRONG: list[tuple[str, list[dict[str, Any]], str]] = [
     (HH + " --out {file}", [PAIR], "data.jsonl: is a file"),
     ("release --source {empty} --out {out}", [], "no such file, nor a folder"),
     (RELEASE, [ROW, {"prefix": 1}], "data.jsonl, line 2: not a row of this format"),
-    (RELEASE, [ROW | {"prefix": ["How?"]}], "not end in <|assistant|>"),
-    (RELEASE, [ROW | {"prefix": ["lost", *ROW["prefix"]]}], '"prefix" does not begin with a tag'),
-    (RELEASE, [ROW | {"prefix": ["<|prompter|>How?"]}], "not end in <|assistant|>"),
+    (RELEASE, [ROW | {"prefix": ["How?"]}], "and end in <|assistant|>"),
+    (RELEASE, [ROW | {"prefix": ["lost", *ROW["prefix"]]}], '"prefix" must begin with a tag'),
+    (RELEASE, [ROW | {"prefix": ["<|prompter|>How?"]}], "and end in <|assistant|>"),
     (RELEASE, [ROW | {"suffix": "So."}], '"suffix" is not a list of texts'),
     (RELEASE, [ROW | {"suffix": ["So.", 1]}], '"suffix" is not a list of texts'),
     (RELEASE, [ROW | {"reward": [1]}], 'data.jsonl, line 1: "rewards" must be'),
@@ -631,7 +631,7 @@ WRONG: list[tuple[str, list[dict[str, Any]], str]] = [
     (JOIN, [GOOD], 'data.jsonl, line 1: needs a "response"'),
     (JOIN, [GOOD | {"response": 1}], 'data.jsonl, line 1: needs a "response"'),
     (JOIN, [GOOD | {"response": "Yes."}] * 2, 'each record needs an "id" of its own'),
-    (JOIN + " --out {empty}", [GOOD], "exists already"),
+    (JOIN + " --out {empty}", [GOOD], "already exists"),
 ]
 
 

@@ -261,7 +261,7 @@ def test_one_text_longer_than_the_window_is_refused_whatever_the_others_are(
     assert len(model.score_ids(group, [[0, 1, 2, 3, 4]])) == 5
     with pytest.raises(
         InputError,
-        match="mistral: a text is longer than its sliding_window; choose a --max_length of at most 64",
+        match="mistral: a text is longer than the sliding_window; choose a --max_length of at most 64",
     ):
         model.score_ids([*group, ids + ids], [[0, 1, 2, 3, 4], [5]])
 
@@ -530,7 +530,6 @@ def settings_of_training(base: Path, data: Path, out: Path, **more: Any) -> argp
         "max_length": 256,
         "pack_tokens": 1024,
         "template": "auto",
-        "template_args": "",
         "seed": 0,
     }
     return argparse.Namespace(**(settings | more))
@@ -782,6 +781,22 @@ def in_two_processes(target: Callable[..., None], *args: Any) -> None:
     assert codes == [0, 0]
 
 
+def test_score_standardizes_from_end_to_end(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward.write_jsonl(tmp_path / "data.jsonl", make_records(9))
+    found = {}
+    for name, flags in (("raw", []), ("train", ["--standardize", str(tmp_path / "scale.json")])):
+        words = ["score", "--model", str(classifier), "--data", str(tmp_path / "data.jsonl")]
+        monkeypatch.setattr(sys, "argv", ["reward.py", *words, "--out", str(tmp_path / name), *flags])
+        reward.main()
+        rows = reward.read_records(tmp_path / name, need=["rewards"])
+        found[name] = torch.tensor([value for row in rows for value in row["rewards"]])
+    expected = (found["raw"] - found["raw"].mean()) / found["raw"].std()
+    torch.testing.assert_close(found["train"], expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "raw", "scale.json", "train"]
+
+
 def score_in_group(rank: int, folder: Path, classifier: Path) -> None:
     """One of two processes of `reward.py score`, then one of other work."""
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
@@ -825,7 +840,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (SCORE + " --what", GOOD, "unrecognized arguments: --what"),
     (SCORE + " --pack_tokens -5", GOOD, "--pack_tokens -5: must be"),
     (SCORE + " --max_length 0", GOOD, "--max_length 0: must be"),
-    (SCORE + " --out {base}", GOOD, "is a folder"),
+    (SCORE + " --out {base}", GOOD, "already exists"),
     (SCORE + " --out {file}/x.jsonl", GOOD, "data.jsonl is a file"),
     (SCORE + " --plot {out}/gaps.xyz", GOOD, "gaps.xyz: the name must end in one of "),
     (SCORE + " --plot {file}/gaps.png", GOOD, "data.jsonl is a file"),
@@ -833,8 +848,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (SCORE, {"prompt": "How?"}, 'data.jsonl, line 1: "prompt" must be a list'),
     (TRAIN, GOOD, 'data.jsonl, line 1: no "chosen"'),
     (TRAIN, GOOD | {"chosen": 2}, '"chosen" must be the index of a response'),
-    (TRAIN, GOOD | {"chosen": 1}, "data.jsonl: too few records (1) for --batch_size 64"),
-    (TRAIN + " --out {base}", GOOD, "exists already"),
+    (
+        TRAIN,
+        GOOD | {"chosen": 1},
+        "data.jsonl: 0 records to train on (5 % are held out) make no step of --batch_size 64",
+    ),
+    (TRAIN + " --out {base}", GOOD, "already exists"),
     (TRAIN + " --batch_size 0", GOOD, "--batch_size 0: must be"),
     (TRAIN + " --epochs -1", GOOD, "--epochs -1.0: must be "),
     (TRAIN + " --norm_penalty nan", GOOD, "--norm_penalty nan: must be"),

@@ -329,6 +329,50 @@ def test_dpo_of_an_unchanged_model_knows_nothing() -> None:
     assert loss.tolist() == pytest.approx([math.log(2)] * 2)
 
 
+def test_simpo_by_hand() -> None:
+    avg = torch.tensor([[-1.0, -1.5, -3.0]])
+    rewards = torch.tensor([[2.0, 2.0, 1.0]])  # the first two are no pair
+    loss = OBJECTIVES["simpo"](avg, 9 * avg, rewards, sft_weight=0.0, beta=2.0, gamma=0.5)
+    # -log sigmoid(2 * 2 - .5) and -log sigmoid(2 * 1.5 - .5), as TRL's CPOTrainer has them for "simpo"
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-3.5)) + math.log1p(math.exp(-2.5)))
+
+
+def test_cpo_with_a_hinge_by_hand() -> None:
+    avg = torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
+    total = torch.tensor([[-4.0, -6.0], [-4.0, -19.0]])
+    rewards = torch.tensor([[1.0, 0.0]] * 2)
+    loss = OBJECTIVES["cpo"](avg, total, rewards, sft_weight=0.5, beta=0.1)
+    assert loss.tolist() == pytest.approx([1 - 0.2 + 0.5, 0.5])  # the second leads by more than 1 / beta
+
+
+def test_odpo_by_hand() -> None:
+    total = torch.tensor([[-4.0, -6.0]])
+    settings = {"reference_logps": torch.tensor([[-5.0, -5.0]]), "beta": 0.5}
+    loss = OBJECTIVES["odpo"](total, total, torch.tensor([[3.0, 0.0]]), sft_weight=0.0, **settings)
+    # -log sigmoid(.5 * 2 - log 3) = log(1 + 3 / e); with a gap of 1 it is DPO
+    assert loss.item() == pytest.approx(math.log1p(3 / math.e))
+    rewards = torch.tensor([[1.0, 0.0]])
+    loss = OBJECTIVES["odpo"](total, total, rewards, sft_weight=0.0, **settings)
+    expected = OBJECTIVES["dpo"](total, total, rewards, sft_weight=0.0, **settings)
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def test_lipo_lambda_by_hand() -> None:
+    total = torch.tensor([[-4.0, -6.0, -3.0]])
+    rewards = torch.tensor([[math.log(4), 0.0, -math.log(4)]])
+    settings = {"reference_logps": torch.tensor([[-5.0, -5.0, -5.0]]), "beta": 0.5}
+    loss = OBJECTIVES["lipo"](total, total, rewards, sft_weight=0.0, **settings)
+    # sigmoid(log 4) = 4/5, sigmoid(log 16) = 16/17; scores .5, -.5, 1: ranks 2, 3, 1
+    psi = [(4 / 5 + 16 / 17) / 2, (1 / 5 + 4 / 5) / 2, (1 / 17 + 1 / 5) / 2]
+    discount = [1 / math.log(3), 1 / math.log(4), 1 / math.log(2)]
+    scores = [0.5, -0.5, 1.0]
+    expected = 0.0
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        weight = (2 ** psi[i] - 2 ** psi[j]) * abs(discount[i] - discount[j])
+        expected += weight * math.log1p(math.exp(scores[j] - scores[i]))
+    assert loss.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("name", "temperatures"), [*((name, True) for name in OBJECTIVES), ("pro", False)])
 def test_absent_responses_change_neither_value_nor_gradient(name: str, temperatures: bool) -> None:
     avg = torch.tensor([[-1.0, -0.5, 0.0]], requires_grad=True)  # there is no third: its reward is NaN
@@ -336,7 +380,7 @@ def test_absent_responses_change_neither_value_nor_gradient(name: str, temperatu
     options: dict[str, Any] = {"pro": {"temperatures": temperatures}}.get(name, {})
 
     def loss(avg_logps: Tensor, rewards: Tensor, reference: Tensor) -> Tensor:
-        more = {"reference_logps": reference} if name == "dpo" else {}
+        more = {"reference_logps": reference} if name in baselines.REFERENCED else {}
         return OBJECTIVES[name](avg_logps, 3 * avg_logps, rewards, sft_weight=0.3, **options, **more)
 
     padded = loss(avg, rewards, torch.tensor([[-2.0, -2.0, NAN]]))
@@ -348,10 +392,10 @@ def test_absent_responses_change_neither_value_nor_gradient(name: str, temperatu
     assert expected[0, :2].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["rrhf", "pro", "dpo"])
+@pytest.mark.parametrize("name", ["rrhf", "pro", "dpo", "simpo", "cpo", "odpo", "lipo"])
 def test_the_ranking_term_alone_raises_the_better_response_and_lowers_the_worse(name: str) -> None:
     avg = torch.tensor([[-2.0, -1.0]], requires_grad=True)
-    more = {"reference_logps": torch.tensor([[-6.0, -3.0]])} if name == "dpo" else {}
+    more = {"reference_logps": torch.tensor([[-6.0, -3.0]])} if name in baselines.REFERENCED else {}
     OBJECTIVES[name](avg, 3 * avg, torch.tensor([[1.0, 0.0]]), sft_weight=0.0, **more).sum().backward()
     assert avg.grad is not None
     assert avg.grad[0, 0] < 0 < avg.grad[0, 1]
@@ -447,14 +491,14 @@ def test_a_micro_batch_of_two_kept_pairs_weighs_as_much_as_one_of_one() -> None:
         (
             "sft",
             {"margin": 1.0, "alpha": 2.0},
-            "--objective sft: does not read margin, alpha; leave them out",
+            "--objective sft: does not use margin, alpha",
         ),
-        ("gated_sft", {"gate": False}, "--objective gated_sft: does not read gate"),
-        ("rrhf", {"temperatures": False}, "--objective rrhf: does not read temperatures"),
-        ("pro", {"sft_reduction": "mean"}, "--objective pro: does not read sft_reduction"),
-        ("coh", {"min_reward_gap": 0.0}, "--objective coh: does not read min_reward_gap"),
+        ("gated_sft", {"gate": False}, "--objective gated_sft: does not use gate"),
+        ("rrhf", {"temperatures": False}, "--objective rrhf: does not use temperatures"),
+        ("pro", {"sft_reduction": "mean"}, "--objective pro: does not use sft_reduction"),
+        ("coh", {"min_reward_gap": 0.0}, "--objective coh: does not use min_reward_gap"),
         ("dpo", {"beta": 0.0}, "--beta 0: must be above 0"),
-        ("released", {"gate": False}, "--objective released: does not read gate"),
+        ("released", {"gate": False}, "--objective released: does not use gate"),
         ("released", {"batch_size": 7}, "--batch_size 7: must be even"),
     ],
 )
@@ -489,9 +533,14 @@ def test_settings_of_an_objective_reach_it() -> None:
         "pro": [{}, {"temperatures": False}],
         "coh": [{}],
         "dpo": [{}, {"beta": 1.0}],
+        "simpo": [{}, {"beta": 1.0}, {"gamma": 1.0}],
+        "cpo": [{}, {"beta": 1.0}],
+        "odpo": [{}, {"beta": 1.0}],
+        "lipo": [{}, {"beta": 1.0}],
     }
+    assert changes.keys() == OBJECTIVES.keys()
     for name, several in changes.items():
-        more = {"reference_logps": 3 * avg} if name == "dpo" else {}
+        more = {"reference_logps": 3 * avg} if name in baselines.REFERENCED else {}
         losses = []
         for settings in several:
             loss_fn = baselines.objective_loss_fn(config(name, alpha=0.7, **settings))
@@ -521,6 +570,8 @@ def test_metrics_of_an_objective_by_hand() -> None:
         ("rrhf", 1.0),
         ("coh", 1.0),
         ("dpo", 0.0),
+        ("simpo", 0.0),
+        ("cpo", 1.0),
         ("pro", 0.2),
         ("gated_sft", 0.2),
         ("released", 0.2),
@@ -594,7 +645,10 @@ def test_a_stage_writes_records(tmp_path: Path) -> None:
         baselines.main([stage, *paths])
         found = list(clha.iter_records(tmp_path / "out.jsonl"))
         assert found == [change(RECORD), change(RECORD | {"id": "again"})]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+        with pytest.raises(InputError, match="already exists"):
+            baselines.main([stage, *paths])
+        (tmp_path / "out.jsonl").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -661,13 +715,14 @@ def run(world: Path, data: Path, out: Path, objective: str, **settings: Any) -> 
 
 
 ALPHAS = {"sft": 1, "gated_sft": 0.05, "rrhf": 1, "pro": 0.05, "coh": 1, "dpo": 0, "released": 0.05}
+ALPHAS |= {"simpo": 0, "cpo": 1, "odpo": 0, "lipo": 0}
 
 
 @pytest.mark.parametrize("name", ALPHAS)
 def test_each_objective_trains(
     name: str, world: Path, scored: Path, referenced: Path, tmp_path: Path
 ) -> None:
-    data = referenced if name == "dpo" else scored
+    data = referenced if name in baselines.REFERENCED else scored
     rows = run(world, data, tmp_path / "out", name, dev_data=str(data), eval_every=2)
     assert len(rows) == 2 and rows[0]["grad_norm"] > 0
     assert math.isfinite(rows[-1]["eval/loss"])

@@ -1,41 +1,54 @@
-"""The report: its numbers by hand, its signs, and the committed page from the committed runs."""
+"""The report: its numbers by hand, verdicts that follow from the rows, and the committed page."""
 
-import json
+import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import clha
 import reward
 from clha import InputError
-from study import report, run
+from study import report, run, toy
 
 ROOT = Path(__file__).parents[2]
+TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 19: 2.093}  # of Student's t, 97.5 %
+
+
+@pytest.mark.parametrize("freedom", TABLE)
+def test_students_t_against_the_table(freedom: int) -> None:
+    assert report.quantile(0.95, freedom) == pytest.approx(TABLE[freedom], abs=5e-4)
+    assert report.tail(TABLE[freedom], freedom) == pytest.approx(0.05, abs=5e-5)
 
 
 def test_a_mean_with_its_interval_by_hand() -> None:
     # 1, 2, 3: standard deviation 1, its error 1 / sqrt(3), t of two degrees of freedom 4.303
     mean = report.mean_of([1.0, 2.0, 3.0])
-    assert mean == (2.0, pytest.approx(4.303 / 3**0.5), 3)
+    assert mean == (2.0, pytest.approx(3**-0.5), 3)
     assert report.cell(mean) == "2.00 ± 2.48"
-    assert report.signed(report.mean_of([0.5])) == "+0.50 (one seed)"
+    assert mean.p() == pytest.approx(0.0742, abs=5e-5)  # t = 3.464
+    assert report.cell(report.mean_of([0.5]), "+.2f") == "+0.50 (one seed)"
     assert report.mean_of([]) is None
 
 
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (19, 2.093)])
-def test_quantiles_of_students_t(freedom: int, t: float) -> None:
-    assert report.student_t(freedom) == pytest.approx(t, abs=0.0025)
+def test_holms_correction_by_hand() -> None:
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "word"),
-    [(0.3, 0.2, "holds"), (0.1, 0.2, "not shown"), (-0.3, 0.2, "fails"), (0.0, 0.0, "not shown")],
+    ("mean", "error", "p", "word"),
+    [
+        (0.3, 0.1, 0.04, "holds"),
+        (-0.3, 0.1, 0.04, "fails"),
+        (0.02, 0.04, 0.6, "equal within 0.1"),  # .02 + 1.729 x .04 = .089
+        (-0.04, 0.04, 0.3, "not shown"),
+        (0.3, 0.2, 0.06, "not shown"),
+    ],
 )
-def test_a_verdict_follows_from_the_interval(mean: float, half: float, word: str) -> None:
-    assert report.verdict(report.Mean(mean, half, 5)).startswith(f"**{word}**")
-    assert report.verdict(None) == "not run"
+def test_a_verdict_follows_from_mean_error_and_p(mean: float, error: float, p: float, word: str) -> None:
+    assert report.verdict(report.Mean(mean, error, 20), p) == word
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -44,122 +57,110 @@ def test_differences_are_paired_by_seed() -> None:
     assert report.difference(first, second) == (2.0, 0.0, 2)  # 2 in both seeds that both have
 
 
-def write_rows(scores: dict[tuple[int, str], list[float]], **details: Any) -> None:
-    """Writes runs.jsonl of the main worlds, gold by (responses per query, label), a value per seed.
+def test_tasks_drawn_again_widen_an_interval_that_rests_on_one_task() -> None:
+    names = [f"task {i}" for i in range(10)]
+    second = {seed: {"tasks": {name: [4, 0.0] for name in names}} for seed in range(5)}
+    even = {seed: {"tasks": {name: [4, 4.0] for name in names}} for seed in range(5)}
+    one = {seed: {"tasks": {name: [4, 40.0 * (name == "task 3")] for name in names}} for seed in range(5)}
+    assert report.over_tasks(even, second) == (1.0, 1.0)
+    low, high = report.over_tasks(one, second)
+    assert low == 0.0 and high >= 2.0  # the task is missing in a third of the draws
 
-    The reward is 50 plus ten times the gold; CLHA's rows get the details.
-    """
+
+def write_rows(folder: Path, golds: dict[str, list[float]], first_seed: int = 100) -> None:
+    """Tuning in which the first setting of each method wins, and these golds on fresh seeds."""
+    tuning = []
+    for method, grid in run.GRIDS.items():
+        for (place, settings), seed in itertools.product(enumerate(grid), run.TUNING_SEEDS):
+            row = {"seed": seed, "method": method, "settings": run.settings_name(settings), "gold": -place}
+            tuning.append(row)
     rows = []
-    for (length, label), golds in scores.items():
-        settings = (run.methods(length) | run.ABLATIONS).get(label)
-        name = run.run_name(settings, length) if settings else label
-        for seed, gold in enumerate(golds):
-            row = {"world": run.world_name(run.NOISE, length), "seed": seed, "run": name, "gold": gold}
-            row |= {"reward": 50 + 10 * gold, "char_bleu": 9.0, "word_bleu": 7.0}
-            rows.append(row | (details if label == "CLHA" else {}))
-    Path("docs/study").mkdir(parents=True, exist_ok=True)
-    reward.write_jsonl("docs/study/runs.jsonl", rows)
+    for label, settings in run.compared(tuning).items():
+        for seed, gold in enumerate(golds.get(label, []), first_seed):
+            scores = {"gold": gold, "reward": 50 + 10 * gold, "char_bleu": 9.0, "word_bleu": 7.0}
+            row: dict[str, Any] = {"seed": seed, "method": label, "settings": run.settings_name(settings)}
+            row |= scores | {"subsets": dict.fromkeys(toy.SUBSETS, scores), "anatomy": {"words": 12.0}}
+            row |= {"tasks": {name: [2, 2 * gold] for name in toy.TASKS}, "seconds": 2.0, "tokens": 10}
+            rows.append(row | ({"seconds": 8.0, "tokens": 50} if label == "PRO" else {}))
+    folder.mkdir(exist_ok=True)
+    reward.write_jsonl(folder / "tuning.jsonl", tuning)
+    reward.write_jsonl(folder / "fresh.jsonl", rows)
 
 
-def cells_of(text: str, start: str) -> list[list[str]]:
-    """The cells of the lines of tables that start with a cell."""
-    lines = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
-    return [line.strip("| ").split(" | ") for line in lines]
+GOLD = [1.0, 2.0, 3.0, 4.0, 5.0]
+GOLDS = {
+    "base": [gold - 2 for gold in GOLD],
+    "CLHA": GOLD,
+    "PRO": [gold - 0.5 for gold in GOLD],
+    "gated SFT": [gold - 0.25 for gold in GOLD],
+    "CLHA w/o gate": [gold - 0.02 * (-1) ** gold for gold in GOLD],
+    "CLHA w/o filter": [gold - 0.5 * (-1) ** gold for gold in GOLD],
+    "DPO": [gold + 0.5 for gold in GOLD],
+}
 
 
-@pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The report of five seeds of rows by hand."""
-    monkeypatch.chdir(tmp_path)
-    golds = [1.0, 2.0, 3.0, 4.0, 5.0]
-    write_rows(
-        {
-            (2, "base"): [gold - 2 for gold in golds],
-            (2, "PRO"): [gold - 0.5 for gold in golds],
-            (2, "DPO"): [gold + 0.5 for gold in golds],
-            (2, "CLHA"): golds,
-            (2, "SFT"): [gold - 1.5 for gold in golds],
-            (2, "CLHA w/o rescore"): [gold - 0.125 for gold in golds],
-            (2, "CLHA w/o contrast"): [gold - 0.25 for gold in golds],
-            (2, "CLHA w/o margin"): [gold + 0.1 * (-1) ** gold for gold in golds],
-            (3, "base"): golds,
-            (3, "CLHA"): [gold + 0.75 for gold in golds],
-        },
-        anatomy={"words": 12.0},
-    )
-    report.write()
-    return Path("RESULTS.md").read_text()
+def page(folder: Path, golds: dict[str, list[float]], first_seed: int = 100) -> str:
+    """The report of these golds."""
+    write_rows(folder, golds, first_seed)
+    report.write(folder, folder / "RESULTS.md")
+    assert (folder / "endpoints.png").read_bytes()[:4] == b"\x89PNG"
+    return (folder / "RESULTS.md").read_text()
 
 
-def test_claims_have_the_sign_of_what_they_say(page: str) -> None:
-    verdicts = {
-        "CLHA beats PRO (Table 2), 2 responses": "**holds** (+0.50 ± 0.00, 5 seeds)",
-        "CLHA beats SFT (Table 2), 2 responses": "**holds** (+1.50 ± 0.00, 5 seeds)",
-        "CLHA beats DPO (not a claim of the paper), 2 responses": "**fails**: it is the other way",
-        "CLHA beats CoH (Table 2), 2 responses": "not run |",
-        "gate and filter together help (Table 3, rescoring), 2 responses": "**holds** (+0.12 ± 0.00",
-        "the gate helps SFT (CLHA w/o contrast beats SFT), 2 responses": "**holds** (+1.25 ± 0.00, 5 seeds)",
-        "contrast helps (Table 3), 2 responses": "**holds** (+0.25 ± 0.00, 5 seeds)",
-        "margin helps (Table 3), 2 responses": "**not shown** (+0.02",
-        "three responses of one author beat two (CLHA)": "**holds** (+0.75 ± 0.00, 5 seeds)",
+def verdicts(text: str) -> dict[str, str]:
+    """The last cell of each endpoint's row."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[-1].strip("*") for row in rows if row[0] in report.ENDPOINTS}
+
+
+def test_the_page_follows_from_the_rows(tmp_path: Path) -> None:
+    text = page(tmp_path, GOLDS)
+    assert "On 5 seeds, 100 to 104 (the protocol's are 20, 100 to 119), which" in text
+    assert verdicts(text) == {
+        "CLHA - PRO": "holds",
+        "the gate": "equal within 0.1",
+        "the filter": "not shown",
+        "the contrast": "holds",
     }
-    for words, verdict in verdicts.items():
-        assert f"| {words} | {verdict}" in page
-    assert "| CLHA beats PRO (Table 2), 3 responses | not run | not run | not run | not run |" in page
+    assert "- *CLHA has a higher gold than PRO, both tuned*: **holds** (+0.50 ± 0.00 gold" in text
+    assert "behind it: PRO, gated SFT; ahead of it: DPO; not told apart from it: none." in text
+    # Rewards are fifty plus ten times the gold; PRO took four times the seconds and five times the tokens.
+    assert (
+        "| PRO | 2.50 ± 1.96 | 75.00 ± 19.63 | 9.00 ± 0.00 | 7.00 ± 0.00 | +0.50 ± 0.00 | 5.0 | 4.0 | 5 |"
+        in text
+    )
+    assert "| PRO | **alpha=0.01 learning_rate=0.0005** | 0.00 |" in text
 
 
-def test_rewards_are_above_the_base_models(page: str) -> None:
-    two, _ = cells_of(page, "**CLHA**")
-    assert two[1:3] == ["3.00 ± 1.96", "+20.00 ± 0.00"]  # 2.776 x 1.581 / sqrt(5); ten times two above base
-    [pro] = cells_of(page, "PRO")
-    assert pro[1:3] == ["2.50 ± 1.96", "+15.00 ± 0.00"] and pro[-2:] == ["+0.50 ± 0.00", "5"]
+def test_other_rows_give_another_page(tmp_path: Path) -> None:
+    """No sentence survives turned signs or other seeds unless it is still true."""
+    turned = {
+        label: [2 * own - gold for own, gold in zip(GOLD, golds, strict=True)]
+        for label, golds in GOLDS.items()
+    }
+    text = page(tmp_path, turned, first_seed=7)
+    assert "On 5 seeds, 7 to 11 (the protocol's are 20, 100 to 119), which" in text
+    assert verdicts(text)["CLHA - PRO"] == verdicts(text)["the contrast"] == "fails"
+    assert "behind it: DPO; ahead of it: PRO, gated SFT; not told apart from it: none." in text
+    before = set(page(tmp_path / "straight", GOLDS).splitlines())
+    prose = [line for line in text.splitlines() if line not in before and "|" not in line]
+    assert all(line.startswith(("- ", "On 5 seeds", "![")) for line in prose if line)
 
 
-def test_what_rows_keep_besides_scores_is_shown(page: str) -> None:
-    assert "| method | words |\n| --- | --- |\n| CLHA | 12.00 |\n" in page
-    assert page.count(report.NOT_KEPT) == 2  # rescoring and likelihoods
+def test_without_the_rows_of_an_endpoint_nothing_is_written(tmp_path: Path) -> None:
+    write_rows(tmp_path, {label: golds for label, golds in GOLDS.items() if label != "CLHA w/o gate"})
+    with pytest.raises(InputError, match="no run of CLHA w/o gate"):
+        report.write(tmp_path, tmp_path / "RESULTS.md")
+    assert not (tmp_path / "RESULTS.md").exists()
 
 
-def test_a_sweep_is_told_as_difference_from_its_center() -> None:
-    runs = {}
-    for value, settings in run.SWEEPS["margin"].items():
-        runs[run.run_name(settings, 2)] = {0: {"gold": value}, 1: {"gold": value}}
-    lines = report.sweep_table(runs)
-    assert "| margin | 0.3 | 0.30 ± 0.00 |  |\n" in lines
-    assert "| margin | 0.1 | 0.10 ± 0.00 | -0.20 ± 0.00 |\n" in lines
+def test_one_seed_gives_a_page_without_verdicts(tmp_path: Path) -> None:
+    text = page(tmp_path, {label: golds[:1] for label, golds in GOLDS.items()})
+    assert set(verdicts(text).values()) == {"not shown"}
+    assert "+0.50 (one seed)" in text and str(math.inf) not in text
 
 
-def test_the_committed_page_is_what_the_committed_runs_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_committed_page_is_what_the_committed_rows_give(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs/study", tmp_path / "docs/study")
-    monkeypatch.chdir(tmp_path)
-    report.write()
-    assert Path("RESULTS.md").read_bytes() == (ROOT / "RESULTS.md").read_bytes()
-    assert Path("docs/study/noise.png").read_bytes()[:4] == b"\x89PNG"
-    assert "## What to make of it" in Path("RESULTS.md").read_text()
-    rows = Path("docs/study/runs.jsonl").read_text()
-    Path("docs/study/runs.jsonl").write_text(rows.replace("-0.325", "-0.326", 1))
-    report.write()
-    assert "## What to make of it" not in Path("RESULTS.md").read_text()  # nobody has read these
-
-
-def test_finished_runs_become_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"out: no finished runs in it; `python -m study.run toy --out out`"):
-        report.collect(Path("out"))
-    for seed in (1, 0):
-        folder = Path(f"out/toy/seed-{seed}/noise-0/length-2/sft")
-        folder.mkdir(parents=True)
-        (folder / "row.json").write_text(json.dumps({"seed": seed, "gold": 0.5}))
-    report.collect(Path("out"))
-    rows = [row for _, row in clha.read_jsonl("docs/study/runs.jsonl")]
-    assert rows == [{"seed": 0, "gold": 0.5}, {"seed": 1, "gold": 0.5}]
-
-
-def test_a_report_without_the_main_worlds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_rows({(3, "CLHA"): [1.0]})
-    with pytest.raises(InputError, match=r"has no run of the world toy, 2 responses, noise 0.2"):
-        report.write()
-    assert not Path("RESULTS.md").exists()
+    report.write(tmp_path / "docs/study", tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_bytes() == (ROOT / "RESULTS.md").read_bytes()

@@ -1,13 +1,11 @@
-"""The study: what it names and plans, which data and models a run gets, and runs in a small world."""
+"""The study: what it compares, how it chooses, which data and models a run gets; runs in a small world."""
 
 import argparse
-import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import clha
 import evaluate
@@ -16,36 +14,57 @@ from clha import InputError
 from study import baselines, rlhf, run, toy
 
 
-def test_equal_settings_share_a_run_and_others_do_not() -> None:
-    default = run.run_name({"objective": "clha"}, 2)
-    assert default == "clha margin=0.3 min_reward_gap=0.5 gate=True alpha=0.05"
-    assert default == run.run_name({"objective": "clha", "alpha": 0.05, "margin": clha.Config.margin}, 2)
-    assert default != run.run_name({"objective": "clha"}, 3)  # alpha is 0.2 there
-    rows = run.methods(2) | run.ABLATIONS
-    assert len({run.run_name(settings, 2) for settings in rows.values()}) == len(rows)
-    center = run.run_name(run.CENTER, 2)
-    for sweep in run.SWEEPS.values():
-        assert [run.run_name(settings, 2) for settings in sweep.values()].count(center) == 1
+def test_every_method_has_eight_settings_and_no_two_are_alike() -> None:
+    assert {method: len(grid) for method, grid in run.GRIDS.items()} == dict.fromkeys(run.GRIDS, 8)
+    names = [run.settings_name(settings) for grid in run.GRIDS.values() for settings in grid]
+    assert len(set(names)) == len(names)
+    assert names[0] == "clha alpha=0.01 learning_rate=0.0005"
+    assert "simpo beta=10 learning_rate=0.0002 gamma=8" in names
 
 
-def test_every_row_of_tables_2_and_3_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: name == "trl")
-    swept = [settings for sweep in run.SWEEPS.values() for settings in sweep.values()]
-    for length in run.LENGTHS:
-        for noise in run.NOISES:
-            planned = run.plan(noise, length)
-            main = noise == run.NOISE and length == 2
-            rows = list((run.methods(length) | run.ABLATIONS).values())
-            if not main:
-                rows.remove({"objective": "rlhf"})
-            assert planned == rows + (swept if main else [])
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
-    assert {"objective": "rlhf"} not in run.plan(run.NOISE, 2)  # it needs TRL
+def tuning_rows(method: str, golds: list[float]) -> list[dict[str, Any]]:
+    """A row per setting of a method and tuning seed, with these golds, give or take 1 by seed."""
+    rows = []
+    for settings, gold in zip(run.GRIDS[method], golds, strict=True):
+        for seed, off in zip(run.TUNING_SEEDS, (1, -1, 1, -1), strict=True):
+            rows.append(
+                {"seed": seed, "method": method, "settings": run.settings_name(settings), "gold": gold + off}
+            )
+    return rows
 
 
-def test_without_rescoring_is_without_gate_and_filter() -> None:
-    settings = run.ABLATIONS["CLHA w/o rescore"]
-    assert settings == {"objective": "clha", "gate": False, "min_reward_gap": 0.0}
+def test_the_setting_with_the_highest_mean_dev_gold_is_chosen() -> None:
+    rows = tuning_rows("CLHA", [0.1, 0.3, 0.2, 0.9, 0.8, 0.7, 0.6, 0.5])
+    rows += tuning_rows("PRO", [0.0] * 8)[:-1]  # a run is missing
+    assert run.chosen(rows) == {"CLHA": run.GRIDS["CLHA"][3]}
+    rows += tuning_rows("PRO", [0.0] * 8)[-1:]
+    assert run.chosen(rows)["PRO"] == run.GRIDS["PRO"][0]
+
+
+def test_ablations_change_one_thing_in_the_chosen_settings() -> None:
+    chosen = run.GRIDS["CLHA"][5]
+    rows = run.compared(tuning_rows("CLHA", [0, 0, 0, 0, 0, 1, 0, 0]))
+    assert rows["CLHA"] == chosen
+    assert rows["CLHA w/o gate"] == chosen | {"gate": False}
+    assert rows["CLHA w/o filter"] == chosen | {"min_reward_gap": 0.0}
+    assert rows["CLHA as released"] == {
+        "objective": "released",
+        "learning_rate": 5e-4,
+        "margin": 3.0,
+        "min_reward_gap": 3.0,
+    }
+    # Without contrast no pair of a reward model's rewards is left, and the rest is gated SFT.
+    avg, rewards = torch.tensor([[-1.0, -2.0]]), torch.tensor([[50.0, -50.0]])
+    gap = rows["CLHA w/o contrast"]["min_reward_gap"]
+    loss, _ = clha.clha_loss(avg, 3 * avg, rewards, margin=0.3, min_reward_gap=gap, alpha=0.5)
+    assert loss.item() == pytest.approx(0.5 * 3.0)
+
+
+def test_a_method_that_is_not_tuned_is_refused(tmp_path: Path) -> None:
+    reward.write_jsonl(tmp_path / "tuning.jsonl", tuning_rows("CLHA", [0.0] * 8))
+    flags = {"out": tmp_path, "jobs": 1, "seeds": [100], "tuning": tmp_path / "tuning.jsonl"}
+    with pytest.raises(InputError, match="PRO is not tuned to the end"):
+        run.compare(argparse.Namespace(methods=["CLHA", "PRO"], **flags))
 
 
 def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
@@ -66,7 +85,7 @@ def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
     monkeypatch.setattr(reward, "load_reward_model", str)
     monkeypatch.setattr(reward, "write_scores", score)
     monkeypatch.setattr(reward, "read_records", lambda path: [])
-    world = run.toy_world(tmp_path, seed=0, noise=0.2, length=2)
+    world = run.toy_world(tmp_path, seed=0)
     assert scored_by == {"train.jsonl": "rm_train.jsonl", "dev.jsonl": "rm_train.jsonl"}
     assert trained_on[world.rm_train] == "rm_train.jsonl"
     assert trained_on[world.rm_eval] == "rm_eval.jsonl"
@@ -75,33 +94,8 @@ def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
 @pytest.fixture
 def world(tmp_path: Path) -> run.World:
     """A world of paths where nothing is."""
-    return run.World(
-        name="nowhere",
-        folder=tmp_path,
-        length=2,
-        base=tmp_path / "base",
-        train_data=tmp_path / "train.jsonl",
-        dev_data=tmp_path / "dev.jsonl",
-        test_data=tmp_path / "test.jsonl",
-        rm_train=tmp_path / "rm_train",
-        rm_eval=tmp_path / "rm_eval",
-        settings={"max_steps": 2},
-        max_new_tokens=4,
-    )
-
-
-def test_runs_are_scored_by_the_reward_model_of_the_evaluation(
-    world: run.World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scored = []
-    monkeypatch.setattr(reward, "load_reward_model", Path)
-    monkeypatch.setattr(run, "align", lambda world, settings, seed: world.folder / settings["objective"])
-    monkeypatch.setattr(run, "evaluate_run", lambda *args: scored.append(args))
-    run.run_all(world, [{"objective": "sft"}], seed=3)
-    assert scored == [
-        (world, "base", world.base, 3, world.rm_eval),
-        (world, "sft", world.folder / "sft", 3, world.rm_eval),
-    ]
+    names = ("base", "train.jsonl", "dev.jsonl", "test.jsonl", "rm_train", "rm_eval")
+    return run.World(tmp_path, *(tmp_path / name for name in names))
 
 
 def test_rlhf_asks_the_reward_model_that_scored_the_training_data(
@@ -109,37 +103,34 @@ def test_rlhf_asks_the_reward_model_that_scored_the_training_data(
 ) -> None:
     runs = []
     monkeypatch.setattr(rlhf, "train", runs.append)
-    assert run.align(world, {"objective": "rlhf"}, seed=7) == world.folder / "rlhf/final"
+    run.align(world, run.GRIDS["RLHF (RLOO)"][0], 7, world.folder / "rlhf")
     [args] = runs
     assert args.reward_model == str(world.rm_train) != str(world.rm_eval)
     assert (args.model, args.train_data) == (str(world.base), str(world.train_data))
-    assert (args.seed, args.max_steps, args.kl_beta) == (7, 100, 0.15)
+    assert (args.seed, args.max_steps, args.kl_beta, args.save_every) == (7, 100, 0.01, 10)
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("coh", "Good answer:"), ("sft", None)])
+@pytest.mark.parametrize(("objective", "prefix"), [("coh", "Good answer:"), ("sft", None)])
 def test_only_chain_of_hindsight_is_asked_for_a_good_answer(
-    world: run.World, monkeypatch: pytest.MonkeyPatch, name: str, prefix: str | None
+    monkeypatch: pytest.MonkeyPatch, objective: str, prefix: str | None
 ) -> None:
     asked = {}
-
-    class Asked(Exception):
-        pass
-
-    def write_responses(path: str, records: list[Any], out: Path, **options: Any) -> None:
-        asked.update(options)
-        raise Asked
-
-    monkeypatch.setattr(evaluate, "write_responses", write_responses)
-    monkeypatch.setattr(reward, "read_records", lambda path: [])
-    with pytest.raises(Asked):
-        run.evaluate_run(world, name, world.base, 0, None)
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **options: asked.update(options))
+    run.respond(None, None, [], objective)
     assert asked.get("response_prefix") == prefix
     assert set(asked.get("stop_strings", ())) >= ({"Bad answer:"} if prefix else set())
 
 
 @pytest.mark.parametrize(
     ("objective", "stage"),
-    [("coh", "hindsight"), ("dpo", "reference"), ("released", "ranked"), ("clha", None), ("gated_sft", None)],
+    [
+        ("coh", "hindsight"),
+        ("dpo", "reference"),
+        ("lipo", "reference"),
+        ("released", "ranked"),
+        ("clha", None),
+        ("gated_sft", None),
+    ],
 )
 def test_each_objective_trains_on_records_as_it_needs_them(
     world: run.World, monkeypatch: pytest.MonkeyPatch, objective: str, stage: str | None
@@ -149,10 +140,10 @@ def test_each_objective_trains_on_records_as_it_needs_them(
     monkeypatch.setattr(baselines, "main", stages.append)
     monkeypatch.setattr(baselines, "train", configs.append)
     monkeypatch.setattr(clha, "train", configs.append)
-    run.align(world, {"objective": objective}, seed=1)
+    run.align(world, {"objective": objective}, 1, world.folder / "run")
     [config] = configs
     assert getattr(config, "objective", "clha") == objective
-    assert (config.model, config.seed, config.max_steps) == (str(world.base), 1, 2)
+    assert (config.model, config.seed, config.max_steps) == (str(world.base), 1, 80)
     names = [f"train-{stage}.jsonl", f"dev-{stage}.jsonl"] if stage else ["train.jsonl", "dev.jsonl"]
     assert [Path(config.train_data).name, Path(config.dev_data).name] == names
     assert [argv[0] for argv in stages] == ([stage] * 2 if stage else [])
@@ -165,59 +156,79 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> run.World:
     """A toy world of a few queries whose base model is untrained."""
     home = tmp_path_factory.mktemp("study")
     data = home / "data"
-    toy.write(data, seed=0, queries=24, base=64, pairs=48, dev=8, test=4)
+    toy.write(data, seed=0, queries=24, base=64, pairs=48, dev=8, test=60)
     for name in ("train", "dev"):
         rows = [row | {"rewards": [1.0, -1.0]} for _, row in clha.read_jsonl(data / f"{name}.jsonl")]
         reward.write_jsonl(home / f"{name}.jsonl", rows)
     rm = run.train_reward_model(data / "init", data / "rm_train.jsonl", home, seed=0)
-    return run.World(
-        name=run.world_name(run.NOISE, 2),
-        folder=home / "runs",
-        length=2,
-        base=data / "init",
-        train_data=home / "train.jsonl",
-        dev_data=home / "dev.jsonl",
-        test_data=data / "test.jsonl",
-        rm_train=rm,
-        rm_eval=rm,
-        settings={"max_steps": 1, "batch_size": 8, "activation_checkpointing": "none"},
-        max_new_tokens=4,
-    )
+    paths = (data / "init", home / "train.jsonl", home / "dev.jsonl", data / "test.jsonl", rm, rm)
+    return run.World(home / "runs", *paths)
 
 
-def test_a_finished_run_is_not_repeated_and_a_stopped_one_is(small: run.World) -> None:
-    runs = [{"objective": name} for name in ("clha", "coh", "dpo")]
-    run.run_all(small, runs, seed=0)
-    names = ["base", *(run.run_name(settings, 2) for settings in runs)]
-    rows = {name: json.loads((small.folder / name / "row.json").read_text()) for name in names}
-    for name, row in rows.items():
-        assert (row["world"], row["seed"], row["run"]) == (small.name, 0, name)
+def test_what_is_measured_is_the_mean_of_the_last_weights(
+    small: run.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SAVE_EVERY", 1)
+    monkeypatch.setattr(run, "SMALL", run.SMALL | {"batch_size": 8})
+    folders = run.align(small, {"objective": "sft", "max_steps": 5}, 0, small.folder / "mean")
+    assert [folder.name for folder in folders] == ["step-2", "step-3", "step-4", "step-5"]
+    model, _ = run.average(folders)
+    weights = [evaluate.load(str(folder), torch.device("cpu"))[0].state_dict() for folder in folders]
+    for name, weight in model.state_dict().items():
+        mean = torch.stack([state[name] for state in weights]).mean(0)
+        torch.testing.assert_close(weight, mean)
+
+
+def test_a_row_has_what_the_report_shows_and_is_made_once(
+    small: run.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SAVE_EVERY", 1)
+    monkeypatch.setattr(run, "SMALL", run.SMALL | {"batch_size": 8})
+    rows = {}
+    for settings in (
+        {"objective": "base"},
+        {"objective": "clha", "max_steps": 1},
+        {"objective": "coh", "max_steps": 1},
+    ):
+        rows[settings["objective"]] = run.measure(small, settings, 0, "test", small.folder / "row")
+    for row in rows.values():
         assert -3 <= row["gold"] <= 3 and 0 <= row["reward"] <= 100 and row["anatomy"]["words"] >= 0
-    assert set(rows["dpo"]["likelihoods"]) == {
-        "chosen, first",
-        "chosen, last",
-        "rejected, first",
-        "rejected, last",
-    }
+        sizes = [number for number, _ in row["tasks"].values()]
+        assert sum(sizes) == 60 and sum(total for _, total in row["tasks"].values()) == pytest.approx(
+            60 * row["gold"]
+        )
+        assert row["subsets"].keys() == toy.SUBSETS.keys()
+    assert rows["clha"]["tokens"] > 0 and rows["clha"]["seconds"] > 0 and rows["clha"]["logps/chosen"] < 0
     assert rows["base"]["rescoring"]["gate open"] == 1.0
-
-    weights = [small.folder / name / "final/model.safetensors" for name in names[1:]]
-    times = [path.stat().st_mtime_ns for path in weights]
-    stopped = small.folder / names[2]
-    shutil.rmtree(stopped)
-    run.run_all(small, runs, seed=0)
-    again = [path.stat().st_mtime_ns for path in weights]
-    assert [a == b for a, b in zip(times, again, strict=True)] == [True, False, True]
-    assert json.loads((stopped / "row.json").read_text()) == rows["coh"]  # and it came out the same
+    assert run.measure(
+        small, {"objective": "sft", "max_steps": 1}, 0, "dev", small.folder / "row"
+    ).keys() == {"gold"}
 
 
-def test_a_run_of_other_settings_is_refused_and_kept(small: run.World) -> None:
-    world = replace(small, folder=small.folder.parent / "refused")
-    model = run.align(world, {"objective": "clha"}, seed=0)
-    before = (model / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"holds a run of other settings \(seed\)"):
-        run.align(world, {"objective": "clha"}, seed=1)
-    assert (model / "model.safetensors").read_bytes() == before
+def test_what_has_a_row_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [run.Task(seed, "SFT", settings, "dev") for settings in run.GRIDS["SFT"][:2] for seed in (50, 51)]
+    row = {"seed": 50, "method": "SFT", "settings": run.settings_name(run.GRIDS["SFT"][0]), "gold": 0.5}
+    reward.write_jsonl(tmp_path / "tuning.jsonl", [row])
+    performed = []
+
+    class Pool:
+        """Runs what it gets here."""
+
+        def __init__(self, *args: Any) -> None: ...
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *args: Any) -> None: ...
+
+        def imap_unordered(self, work: Any, tasks: list[run.Task]) -> list[dict[str, Any]]:
+            performed.extend(tasks)
+            return [{"seed": task.seed, "method": task.method} for task in tasks]
+
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: argparse.Namespace(Pool=Pool))
+    run.perform_all(tasks, tmp_path / "tuning.jsonl", argparse.Namespace(jobs=1, out=tmp_path))
+    assert performed == tasks[1:]
+    assert len(run.read_rows(tmp_path / "tuning.jsonl")) == 4
 
 
 def test_the_base_model_of_a_seed_serves_every_noise_and_length() -> None:

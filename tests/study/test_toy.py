@@ -325,7 +325,7 @@ def test_gold_of_several_files_is_a_folder(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"id": "coffee", "response": "a"}, "responses.jsonl, line 1: no record has the id coffee"),
-        ({"id": "tea", "response": 3}, 'responses.jsonl, line 1: needs "id" and "response", two texts'),
+        ({"id": "tea", "response": 3}, 'responses.jsonl, line 1: needs "id" and "response", two strings'),
     ],
 )
 def test_gold_refuses_a_line_in_one_line(line: Record, message: str, tmp_path: Path) -> None:
