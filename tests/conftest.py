@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
 import clha
 from study import toy
@@ -46,6 +52,21 @@ def model_and_tokenizer(world: Path) -> tuple[Any, Any]:
     """The tiny random LLaMA of the toy world, in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(world / "init", dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(world / "init")
+
+
+@pytest.fixture(scope="session")
+def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model with the toy world's tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("rm") / "rm"
+    tokenizer = clha.load_tokenizer(str(world / "init"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def config(world: Path, out: Path, **settings: Any) -> clha.Config:

@@ -1,16 +1,19 @@
-"""The documents: every command in them is one that its program takes, and what they show as code runs."""
+"""The documents: their commands run here, or it says why not; flags exist, and links lead somewhere."""
 
 import contextlib
+import glob
 import importlib.util
 import inspect
 import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -69,6 +72,115 @@ def test_the_programs_take_every_flag_that_the_documents_name(monkeypatch: pytes
         assert not unknown, f"{page}: {command}: no {', '.join(unknown)}"
         checked += 1
     assert checked > 50
+
+
+STAND_INS = {
+    "MODEL": "init",
+    "BASE": "init",
+    "RM": "rm",
+    "RM_TRAIN": "rm",
+    "RM_EVAL": "rm",
+    "DATA": "pairs.json",
+}
+SMALL = {  # flags that end a command in a second
+    "clha": "--batch_size 4 --max_steps 1",
+    "study.baselines": "--batch_size 4 --max_steps 1",
+    "study.rlhf": "--max_steps 1 --batch_size 1 --num_generations 2 --max_new_tokens 4",
+    "evaluate generate": "--max_new_tokens 4",
+    "reward train": "--batch_size 8 --max_length 256",
+}
+NOT_RUN = {  # why a command cannot run here
+    "bench": "is run by tests/bench, at a small size",
+    "...": "is not a whole command",
+    "Anthropic/hh-rlhf": "needs the hub",
+    "Qwen/Qwen3-0.6B": "needs the hub",
+    "--push_to_hub": "needs the hub",
+    "--tracker wandb": "needs an account",
+}
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command of the documents here, in one process, with stand-ins for its models and data."""
+    found = PROGRAM.search(command)
+    module = found[1] or found[2]
+    words = [STAND_INS.get(word, word) for word in shlex.split(command[found.end() :])]
+    words = [path for word in words for path in (glob.glob(word) if "*" in word else [word])]
+    subcommand = words[0] if re.fullmatch("[a-z]+", words[0]) else ""
+    words += SMALL.get(f"{module} {subcommand}".strip(), "").split()
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *words])
+    program = importlib.import_module(module)
+    if module == "study.rlhf":
+        program.train(program.parse_args(words))
+    elif inspect.signature(program.main).parameters:
+        program.main(words)
+    else:
+        program.main()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/engines.md", "docs/in_place_of.md"])
+def test_the_commands_run_in_their_order(
+    page: str, world: Path, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {name: (world / f"{name}.jsonl").read_text().splitlines()[:24] for name in ("scored", "test")}
+    pairs = [json.loads(line) for line in lines["scored"]]
+    pairs = [
+        {"prompt": row["prompt"][-1]["content"]}
+        | dict(zip(("chosen", "rejected"), row["responses"], strict=True))
+        for row in pairs
+    ]
+    done = 0
+    for number, block in enumerate(BLOCK.findall((ROOT / page).read_text())):
+        folder = tmp_path / str(number)
+        for name in ("data", "responses", "out"):
+            (folder / name).mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        Path("init").symlink_to(world / "init")
+        Path("rm").symlink_to(reward_model)
+        Path("pairs.json").write_text(json.dumps(pairs))
+        for name in ("data", "dev_data", "pairs", "train", "data/train"):
+            Path(f"{name}.jsonl").write_text("\n".join(lines["scored"]))
+        for name in ("test", "data/test"):
+            Path(f"{name}.jsonl").write_text("\n".join(lines["test"]))
+        for command in [line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines()]:
+            words = shlex.split(command)
+            if not words or words[0] not in ("python", "torchrun") or any(why in command for why in NOT_RUN):
+                continue
+            if "study.rlhf" in command and not importlib.util.find_spec("trl"):
+                continue
+            prepare(command)
+            run(command, monkeypatch)
+            done += 1
+    assert (
+        done >= {"README.md": 6, "docs/commands.md": 18, "docs/engines.md": 2, "docs/in_place_of.md": 2}[page]
+    )
+
+
+def prepare(command: str) -> None:
+    """Removes a stand-in that a command is to make, and makes what an engine or another block has made."""
+    out = re.search(r"--out (\S+\.jsonl)", command)
+    if out:
+        Path(out[1]).unlink(missing_ok=True)
+    if "evaluate.py generate" in command and "out/final" in command and not Path("out/final").exists():
+        Path("out/final").symlink_to(Path("init").resolve())
+    if "--output_dir out" in command and Path("out").exists():
+        shutil.rmtree("out")
+    if "evaluate.py score" in command and not Path("responses/clha.jsonl").exists():
+        rows = [json.loads(line) for line in Path("data/test.jsonl").read_text().splitlines()]
+        found = [json.dumps({"id": row["id"], "response": row["responses"][0]}) for row in rows]
+        Path("responses/clha.jsonl").write_text("\n".join(found))
+    if "study.people" in command:
+        for name in ("sft", "pro", "clha"):
+            if not Path(f"eval/{name}").exists():
+                rows = [json.loads(line) for line in Path("data/test.jsonl").read_text().splitlines()]
+                found = [
+                    json.dumps({"id": row["id"], "response": f"{name} {row['responses'][0]}"}) for row in rows
+                ]
+                Path(f"responses/{name}.jsonl").write_text("\n".join(found))
+                words = (
+                    f"--responses responses/{name}.jsonl --data data/test.jsonl --reward_model rm --out eval"
+                )
+                with mock.patch.object(sys, "argv", ["evaluate.py", "score", *words.split()]):
+                    importlib.import_module("evaluate").main()
 
 
 def test_links_lead_to_files() -> None:

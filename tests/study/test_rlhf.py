@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 import clha
 import evaluate
@@ -19,21 +19,6 @@ from clha import InputError, Turn
 from study import rlhf
 
 FLAGS = ("--max_steps", "2", "--batch_size", "2", "--num_generations", "2", "--max_new_tokens", "8")
-
-
-@pytest.fixture(scope="module")
-def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random reward model with the toy world's tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("rm") / "rm"
-    tokenizer = clha.load_tokenizer(str(world / "init"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def command(world: Path, reward_model: Path, out: Path) -> list[str]:
