@@ -89,7 +89,7 @@ class Config:
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
     margin: float = option(0.3, "in nats per token (Eq. 6)")
     min_reward_gap: float = option(0.5, "a pair whose rewards differ by no more than this is left out: k = 1")
-    gate: bool = option(True, "whether the best response is imitated only if its reward is above 0")
+    gate: bool = option(True, "lambda of Eq. 7: only a best response with a reward above 0 is imitated")
     alpha: float | None = option(None, "Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
     # Tokens
     template: str = option("auto", "auto: the model's; NAME=VALUE: set in that; hh: HH-RLHF's; or a file")
@@ -104,7 +104,7 @@ class Config:
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
     epochs: float = option(2.0, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
-    batch_size: int = option(128, "queries per step, over all processes (release: 8 GPUs x 2 x 8)")
+    batch_size: int = option(128, "queries per step, of all processes; at most all (release: 8 GPUs x 2 x 8)")
     weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
@@ -487,6 +487,8 @@ def load(kind: Any, path: str, **settings: Any) -> Any:
     except Exception as error:
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if kind is AutoModelForCausalLM and "SequenceClassification" in str(model.config.architectures):
+        raise InputError(f"{path}: is a reward model, not a language model")
     missing = sorted(info.get("missing_keys", ()))  # transformers would draw them at random
     if missing:
         raise InputError(f"{path}: has no weights for {', '.join(missing[:3])} ...")
@@ -1145,7 +1147,7 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
         return '"id" must be a string or integer, "subset" a string'
     missing = {*need} - record.keys()
     if missing:
-        hint = "; `python reward.py score` adds them" if "rewards" in missing else ""
+        hint = "; `python reward.py score` adds rewards, `python -m study.baselines` more"
         return f'no "{min(missing)}", a list with a number per response{hint}'
     for name in {"rewards", *need} & record.keys() - {"chosen"}:
         numbers = record[name] if isinstance(record[name], list) else []

@@ -199,7 +199,7 @@ def write_responses(
         rows = [row for _, row in clha.read_jsonl(out)]
         empty = sum(not row["response"] for row in rows)
         cut = sum(not row["finished"] for row in rows)
-        print(f"{len(rows):,} responses in {out}: {empty:,} empty, {cut:,} not finished (--max_new_tokens)")
+        print(f"{len(rows):,} responses in {out}: {empty:,} blank, {cut:,} not finished (--max_new_tokens)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -400,6 +400,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     rows = [["model", "subset", "n", *(name.replace("_bleu", " BLEU") for name in names)]]
     for model, summary in summaries.items():
         for subset, scores in summary.items():
+            if len(summary) == 2 and subset != "Total":  # it is the same
+                continue
             rows.append([model, subset, f"{scores['n']:,}", *(cell(scores.get(name)) for name in names)])
     return markdown(rows)
 
@@ -507,7 +509,7 @@ tags: [clha, preference-alignment]
 ---
 # {name}
 
-{model}, aligned with human preferences by CLHA (Fang et al., LREC-COLING 2024) in {steps:,} steps of
+{model}, aligned with human preferences by {method} in {steps:,} steps of
 {batch_size} queries, {epoch:.3g} passes over {queries:,} queries of {train_data}. {dialogues}
 
 ```python
@@ -535,7 +537,9 @@ def model_card(run: Path, folder: str) -> str:
     words = {"model", "train_data", "dev_data", "output_dir", "token_cache"}
     settings = [[name, str(value)] for name, value in config.items() if name not in words]
     is_folder = Path(config["model"]).exists()
+    other = "objective" in config  # of study.baselines
     return CARD.format(
+        method=config["objective"] if other else "CLHA (Fang et al., LREC-COLING 2024)",
         base="" if is_folder else f"base_model: {config['model']}\n",
         model=model_name(config["model"]) if is_folder else config["model"],
         library="peft" if config["lora_rank"] else "transformers",

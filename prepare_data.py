@@ -330,7 +330,7 @@ def read_source(source: str, split: str) -> Dataset:
     kinds = {".parquet": "parquet", ".csv": "csv"}
     try:
         if path.is_file():
-            return load_dataset(kinds.get(path.suffix, "json"), data_files=source, split="train")
+            return load_dataset(kinds.get(path.suffix, "json"), data_files=source, split=split)
         if path.is_dir() or source.count("/") == 1:
             return load_dataset(source, split=split)
     except Exception as error:  # of any reader
@@ -432,6 +432,9 @@ def write_splits(args: argparse.Namespace, rows: Iterable[Row], parse: Callable[
     removed = hold_out(splits, args.dev_items, args.seed)
     for split, records in splits.items():
         if records:
+            reward.check_output(Path(args.out) / f"{split}.jsonl", "new")
+    for split, records in splits.items():
+        if records:
             reward.write_jsonl(Path(args.out) / f"{split}.jsonl", records)
     print(report(splits, read, dropped, removed))
     for split, records in splits.items():
@@ -481,7 +484,7 @@ def main() -> None:
         flag("--seed", type=int, default=42, help="of that draw")
     flag = parser.add_command("preference", prepare_preference)
     flag("--source", required=True, help="a file, a folder, or a hub name (owner/name)")
-    flag("--split", default="train", help="of a data set on the hub, or of a folder")
+    flag("--split", default="train", help="of a data set on the hub, or of a folder; a file is all train")
     flag("--out", required=True, help="the records, JSON lines")
     flag("--strict", action="store_true", help="stop at the first row that cannot be used")
     flag = parser.add_command("join", join)

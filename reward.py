@@ -209,7 +209,9 @@ def load_reward_model(
         tokenizer.chat_template = None  # its own is not a template
         dialogue_ids = partial(open_assistant_ids, tokenizer=tokenizer)
     elif config.num_labels != 1:
-        raise InputError(f"{path}: has {config.num_labels} outputs; a reward model has one")
+        raise InputError(
+            f"{path}: has {config.num_labels} outputs, not one; `reward.py train` makes a reward model"
+        )
     else:  # a template that takes nothing is refused now
         dialogue_ids([{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}])
     model = clha.load(kind, path, dtype=dtype, output_loading_info=True)
@@ -491,8 +493,8 @@ def train(args: argparse.Namespace) -> None:
         (folder / "training.json").write_text(json.dumps(report | settings, indent=2) + "\n")
     print(
         f"accuracy {report['accuracy']:.3f} on {report['pairs']} held-out pairs, mean reward "
-        f"{report['mean_reward']:.3f} in units of its standard deviation (it was {report['scale']:.3f}); "
-        f"saved in {args.out}"
+        f"{report['mean_reward']:.3f} in units of its standard deviation, which was "
+        f"{report['scale']:.3f} before scaling; saved in {args.out}"
     )
 
 

@@ -26,7 +26,7 @@ What some need besides rewards is first added to the records by a stage:
 
 | stage | for | the records get |
 | --- | --- | --- |
-| labels | sft on the human choice | rewards 1 for the chosen response and 0 for the others |
+| labels | the human choice, without a reward model | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
 | hindsight | coh | two texts of the best and the worst; generate with --response_prefix "Good answer:" |
 | reference | dpo, odpo, lipo | "reference_logps", by --model MODEL; torchrun shares the work |

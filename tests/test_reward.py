@@ -298,7 +298,7 @@ def test_rewards_that_are_no_numbers_are_refused(classifier: Path) -> None:
 
 
 def test_a_model_without_a_reward_head_is_refused(base: Path, classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has 2 outputs; a reward model has one"):
+    with pytest.raises(InputError, match=r"has 2 outputs, not one"):
         reward.load_reward_model(str(base))
     shutil.copytree(base, tmp_path / "no_head")
     settings = json.loads((base / "config.json").read_text())
@@ -844,7 +844,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (SCORE + " --out {file}/x.jsonl", GOOD, "data.jsonl is a file"),
     (SCORE + " --plot {out}/gaps.xyz", GOOD, "gaps.xyz: the name must end in one of "),
     (SCORE + " --plot {file}/gaps.png", GOOD, "data.jsonl is a file"),
-    (SCORE + " --model {base}", GOOD, "has 2 outputs; a reward model has one"),
+    (SCORE + " --model {base}", GOOD, "has 2 outputs, not one"),
     (SCORE, {"prompt": "How?"}, 'data.jsonl, line 1: "prompt" must be a list'),
     (TRAIN, GOOD, 'data.jsonl, line 1: no "chosen"'),
     (TRAIN, GOOD | {"chosen": 2}, '"chosen" must be the index of a response'),

@@ -26,7 +26,7 @@ SCONTROL = 'case $1 in show) echo localhost ;; *) echo "$*" >> "$LOG" ;; esac\n'
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-@pytest.mark.parametrize("script", ["run.sh", "run.sbatch"])
+@pytest.mark.parametrize("script", ["run.sh", "run.sbatch", "bench/slurm.sh"])
 def test_the_scripts_are_sound_shell(script: str) -> None:
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
     if not shutil.which("shellcheck"):
