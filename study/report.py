@@ -395,6 +395,7 @@ def write(folder: Path, page: Path) -> None:
         seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]} (the protocol's are {asked})",
         picture=picture.relative_to(page.parent),
         equal=EQUAL,
+        alpha=run.compared(tuning)["CLHA"]["alpha"],
         level=LEVEL,
         answer=answer(found, rows),
         endpoints=endpoint_table(found, rows),
