@@ -222,6 +222,20 @@ def method_table(rows: dict[str, Seeds]) -> str:
     return evaluate.markdown(lines)
 
 
+def paper_table(rows: dict[str, Seeds]) -> str:
+    """What gate and filter add at the paper's alpha."""
+    lines = [["at alpha 0.05", "gold", "seeds"]]
+    for name, label in {
+        "the gate": "w/o gate",
+        "the filter": "w/o filter",
+        "both": "w/o gate and filter",
+    }.items():
+        gain = difference(rows.get("CLHA" + run.PAPERS, {}), rows.get(f"CLHA {label}{run.PAPERS}", {}))
+        if gain:
+            lines.append([name, cell(gain, "+.2f"), str(gain.seeds)])
+    return evaluate.markdown(lines)
+
+
 def subset_table(rows: dict[str, Seeds], name: str) -> str:
     """A score by subset, as in the columns of the paper's Tables 2 and 3."""
     lines = [["method", *toy.SUBSETS, "Total"]]
@@ -342,8 +356,14 @@ def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
     """A forest plot: the endpoints, then CLHA minus every other row, with 95 % intervals."""
     pyplot = reward.import_pyplot()
     others = [label for label in rows if label not in ("CLHA", "base", *ENDPOINTS.values())]
+    baseline = {label: "CLHA" for label in others}
+    if "CLHA" + run.PAPERS in rows:
+        baseline |= {label: "CLHA" + run.PAPERS for label in others if label.endswith(run.PAPERS)}
+        baseline["CLHA" + run.PAPERS] = "CLHA"
     items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
-    items += [(f"CLHA - {label}", difference(rows["CLHA"], rows[label]), "o") for label in others]
+    for label, base in baseline.items():
+        name = f"{base.removesuffix(run.PAPERS)} - {label}"
+        items.append((name, difference(rows[base], rows[label]), "o"))
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(items)), layout="constrained")
     axes.axvspan(-EQUAL, EQUAL, color="0.9")
     axes.axvline(0, color="black", linewidth=0.8)
@@ -399,6 +419,7 @@ def write(folder: Path, page: Path) -> None:
         level=LEVEL,
         answer=answer(found, rows),
         endpoints=endpoint_table(found, rows),
+        paper=paper_table(rows),
         methods=method_table(rows),
         gold=subset_table(rows, "gold"),
         rewards=subset_table(rows, "reward"),

@@ -86,6 +86,12 @@ ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings
     "CLHA w/o contrast and gate": {"min_reward_gap": NOTHING_KEPT, "gate": False},
     "CLHA w/o margin": {"margin": 0.0},
 }
+AS_IN_THE_PAPER: Settings = {
+    "objective": "clha",
+    "alpha": 0.05,
+    "learning_rate": 5e-4,
+}  # alpha of Section 3.3
+PAPERS = ", alpha 0.05"  # the end of these rows' names
 RELEASED: Settings = {"objective": "released", "learning_rate": 5e-4} | baselines.RELEASED
 
 
@@ -137,6 +143,9 @@ def compared(tuning: list[Record]) -> dict[str, Settings]:
     rows = chosen(tuning)
     if "CLHA" in rows:
         rows |= {label: rows["CLHA"] | changes for label, changes in ABLATIONS.items()}
+    for label, changes in {"CLHA": {}, **ABLATIONS}.items():
+        if "contrast" not in label and "margin" not in label:
+            rows[label + PAPERS] = AS_IN_THE_PAPER | changes
     return {"base": {"objective": "base"}} | rows | {"CLHA as released": RELEASED}
 
 

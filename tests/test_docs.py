@@ -74,6 +74,24 @@ def test_the_programs_take_every_flag_that_the_documents_name(monkeypatch: pytes
     assert checked > 50
 
 
+def test_the_results_in_the_readme_are_those_of_the_report() -> None:
+    report = (ROOT / "RESULTS.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    shown = [row for row in rows if len(row) > 3 and "±" in row[1]]
+    assert 6 <= len(shown) <= 8
+    for name, gold, reward, bleu, *lead in shown:
+        [line] = [
+            line
+            for line in report.splitlines()
+            if line.startswith(f"| {name} | {gold} | {reward} | {bleu} |")
+        ]
+        assert not lead or f" | {lead[0]} | " in line
+    for verdict in re.findall(
+        r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", (ROOT / "README.md").read_text()
+    ):
+        assert f"**{verdict.lower()}**" in report
+
+
 STAND_INS = {
     "MODEL": "init",
     "BASE": "init",
