@@ -224,7 +224,7 @@ def method_table(rows: dict[str, Seeds]) -> str:
 
 def paper_table(rows: dict[str, Seeds]) -> str:
     """What gate and filter add at the paper's alpha."""
-    lines = [["at alpha 0.05", "gold", "seeds"]]
+    lines = [["exploratory", "gold", "seeds"]]
     for name, label in {
         "the gate": "w/o gate",
         "the filter": "w/o filter",
@@ -232,7 +232,7 @@ def paper_table(rows: dict[str, Seeds]) -> str:
     }.items():
         gain = difference(rows.get("CLHA" + run.PAPERS, {}), rows.get(f"CLHA {label}{run.PAPERS}", {}))
         if gain:
-            lines.append([name, cell(gain, "+.2f"), str(gain.seeds)])
+            lines.append([name + run.PAPERS, cell(gain, "+.2f"), str(gain.seeds)])
     return evaluate.markdown(lines)
 
 

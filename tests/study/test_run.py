@@ -47,6 +47,7 @@ def test_ablations_change_one_thing_in_the_chosen_settings() -> None:
     assert rows["CLHA"] == chosen
     assert rows["CLHA w/o gate"] == chosen | {"gate": False}
     assert rows["CLHA w/o filter"] == chosen | {"min_reward_gap": 0.0}
+    assert rows["CLHA w/o gate, alpha 0.05"] == run.AS_IN_THE_PAPER | {"gate": False}
     assert rows["CLHA as released"] == {
         "objective": "released",
         "learning_rate": 5e-4,
