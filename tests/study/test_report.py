@@ -131,7 +131,9 @@ def test_the_page_follows_from_the_rows(tmp_path: Path) -> None:
         "| PRO | 2.50 ± 1.96 | 75.00 ± 19.63 | 9.00 ± 0.00 | 7.00 ± 0.00 | +0.50 ± 0.00 | 5.0 | 4.0 | 5 |"
         in text
     )
-    assert "| the gate, alpha 0.05 | +0.75 ± 0.00 | 5 |" in text and "| both" not in text  # at the paper's alpha
+    assert (
+        "| the gate, alpha 0.05 | +0.75 ± 0.00 | 5 |" in text and "| both" not in text
+    )  # at the paper's alpha
     assert "| PRO | **alpha=0.01 learning_rate=0.0005** | 0.00 |" in text
 
 
