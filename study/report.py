@@ -31,7 +31,7 @@ ENDPOINTS = {  # of the protocol: the question, and the row that should be worse
 }
 LEVEL = 0.05  # of the endpoints' tests, together
 EQUAL = 0.1  # gold; an effect is called equal to zero if its 90 % interval lies within this
-RESAMPLES = 2000
+RESAMPLES = 20_000
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -168,10 +168,15 @@ def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
 
 def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     """The endpoints, their tests, and intervals that know that prompts share tasks."""
-    lines = [["endpoint", "gold", "seeds", "p", "p, corrected", "with tasks drawn again", "verdict"]]
+    header = ["endpoint", "gold", "90 % interval", "p", "p, corrected", "with tasks drawn again", "verdict"]
+    lines = [header]
     for endpoint in found:
         low, high = over_tasks(rows["CLHA"], rows[ENDPOINTS[endpoint.name]])
-        numbers = [cell(endpoint.gain, "+.2f"), str(endpoint.gain.seeds), shown(endpoint.gain.p())]
+        gain = endpoint.gain
+        inner = ""
+        if gain.seeds > 1:
+            inner = f"{gain.mean - gain.half(0.9):+.2f} to {gain.mean + gain.half(0.9):+.2f}"
+        numbers = [cell(gain, "+.2f"), inner, shown(gain.p())]
         numbers += [shown(endpoint.p), f"{low:+.2f} to {high:+.2f}"]
         lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**"])
     return evaluate.markdown(lines)
@@ -183,7 +188,7 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
         "CLHA - PRO": "CLHA has a higher gold than PRO, both tuned",
         "the gate": "Leaving out the imitation of bad best responses helps, next to the contrast",
         "the filter": "Leaving out pairs that are close in reward helps",
-        "the contrast": "The pairwise margin loss helps, on top of gated SFT",
+        "the contrast": "CLHA has a higher gold than gated SFT, each tuned to its own weight and rate",
     }
     lines = []
     for endpoint in found:
@@ -233,7 +238,10 @@ def paper_table(rows: dict[str, Seeds]) -> str:
         gain = difference(rows.get("CLHA" + run.PAPERS, {}), rows.get(f"CLHA {label}{run.PAPERS}", {}))
         if gain:
             lines.append([name + run.PAPERS, cell(gain, "+.2f"), str(gain.seeds)])
-    return evaluate.markdown(lines)
+    gain = difference(rows.get("gated SFT", {}), rows.get("SFT", {}))
+    if gain:
+        lines.append(["gated SFT - SFT, both tuned", cell(gain, "+.2f"), str(gain.seeds)])
+    return evaluate.markdown(lines) if len(lines) > 1 else "Not run yet.\n"
 
 
 def subset_table(rows: dict[str, Seeds], name: str) -> str:
@@ -329,7 +337,7 @@ def tuning_table(tuning: list[Record]) -> str:
     for method, grid in run.GRIDS.items():
         for settings in grid:
             name = run.settings_name(settings)
-            if name in golds:
+            if len(golds.get(name, [])) == len(run.TUNING_SEEDS):
                 mark = "**" if name in best else ""
                 lines.append(
                     [method, f"{mark}{name.split(' ', 1)[1]}{mark}", f"{statistics.mean(golds[name]):.2f}"]
@@ -401,8 +409,9 @@ def write(folder: Path, page: Path) -> None:
     found = endpoints(rows)
     picture = folder / "endpoints.png"
     plot(found, rows, picture)
-    seeds = sorted({seed for of_method in rows.values() for seed in of_method})
-    asked = f"{len(run.FRESH_SEEDS)}, {run.FRESH_SEEDS[0]} to {run.FRESH_SEEDS[-1]}"
+    seeds = [*rows["CLHA"]]
+    unfinished = [label for label in [*run.GRIDS, *run.ABLATIONS] if len(rows.get(label, {})) < len(seeds)]
+    asked = "" if seeds == [*run.FRESH_SEEDS] else f" (not the {len(run.FRESH_SEEDS)} of the protocol)"
     worlds = worlds_of(run.read_rows(folder / "worlds.jsonl"))
     told = "Not run; `python -m study.run vary` does it.\n"
     if worlds:
@@ -412,7 +421,7 @@ def write(folder: Path, page: Path) -> None:
         told = f"![What gate, filter and both add in each world]({picture_of})\n\n{worlds_table(worlds)}"
     measured = run.read_rows(measuring.ROWS)
     text = TEMPLATE.read_text().format(
-        seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]} (the protocol's are {asked})",
+        seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}" + asked,
         picture=picture.relative_to(page.parent),
         equal=EQUAL,
         alpha=run.compared(tuning)["CLHA"]["alpha"],
@@ -420,6 +429,7 @@ def write(folder: Path, page: Path) -> None:
         answer=answer(found, rows),
         endpoints=endpoint_table(found, rows),
         paper=paper_table(rows),
+        missing=", ".join(unfinished) or "none",
         methods=method_table(rows),
         gold=subset_table(rows, "gold"),
         rewards=subset_table(rows, "reward"),

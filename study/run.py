@@ -126,14 +126,14 @@ def settings_name(settings: Settings) -> str:
 
 def chosen(tuning: list[Record]) -> dict[str, Settings]:
     """The settings with the highest mean dev gold of each method that is tuned to the end."""
-    golds: dict[str, list[float]] = {}
+    golds: dict[str, dict[int, float]] = {}
     for row in tuning:
-        golds.setdefault(row["settings"], []).append(row["gold"])
+        golds.setdefault(row["settings"], {})[row["seed"]] = row["gold"]
     best: dict[str, Settings] = {}
     for method, settings in GRIDS.items():
-        found = [golds.get(settings_name(values), []) for values in settings]
-        if all(len(values) == len(TUNING_SEEDS) for values in found):
-            means = [statistics.mean(values) for values in found]
+        found = [golds.get(settings_name(values), {}) for values in settings]
+        if all(values.keys() == {*TUNING_SEEDS} for values in found):
+            means = [statistics.mean(values.values()) for values in found]
             best[method] = settings[means.index(max(means))]
     return best
 

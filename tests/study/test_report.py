@@ -117,7 +117,7 @@ def verdicts(text: str) -> dict[str, str]:
 
 def test_the_page_follows_from_the_rows(tmp_path: Path) -> None:
     text = page(tmp_path, GOLDS)
-    assert "On 5 seeds, 100 to 104 (the protocol's are 20, 100 to 119), which" in text
+    assert "On 5 seeds, 100 to 104 (not the 20 of the protocol), whose" in text
     assert verdicts(text) == {
         "CLHA - PRO": "holds",
         "the gate": "equal within 0.1",
@@ -144,7 +144,7 @@ def test_other_rows_give_another_page(tmp_path: Path) -> None:
         for label, golds in GOLDS.items()
     }
     text = page(tmp_path, turned, first_seed=7)
-    assert "On 5 seeds, 7 to 11 (the protocol's are 20, 100 to 119), which" in text
+    assert "On 5 seeds, 7 to 11 (not the 20 of the protocol), whose" in text
     assert verdicts(text)["CLHA - PRO"] == verdicts(text)["the contrast"] == "fails"
     assert "behind it: DPO; ahead of it: PRO, gated SFT; not told apart from it: none." in text
     before = set(page(tmp_path / "straight", GOLDS).splitlines())

@@ -85,9 +85,10 @@ def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
     monkeypatch.setattr(reward, "train", train)
     monkeypatch.setattr(reward, "load_reward_model", str)
     monkeypatch.setattr(reward, "write_scores", score)
-    monkeypatch.setattr(reward, "read_records", lambda path: [])
-    world = run.toy_world(tmp_path, seed=0)
-    assert scored_by == {"train.jsonl": "rm_train.jsonl", "dev.jsonl": "rm_train.jsonl"}
+    monkeypatch.setattr(reward, "read_records", lambda path, need=(): [{"rewards": [5.0, 1.0]}])
+    world = run.toy_world(tmp_path, seed=0, name="standardized rewards")
+    assert scored_by == {"train.raw.jsonl": "rm_train.jsonl", "dev.raw.jsonl": "rm_train.jsonl"}
+    assert run.read_rows(world.train_data) == [{"rewards": [1.0, -1.0]}]
     assert trained_on[world.rm_train] == "rm_train.jsonl"
     assert trained_on[world.rm_eval] == "rm_eval.jsonl"
 
@@ -208,7 +209,7 @@ def test_a_row_has_what_the_report_shows_and_is_made_once(
 
 def test_what_has_a_row_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [run.Task(seed, "SFT", settings, "dev") for settings in run.GRIDS["SFT"][:2] for seed in (50, 51)]
-    row = {"seed": 50, "method": "SFT", "settings": run.settings_name(run.GRIDS["SFT"][0]), "gold": 0.5}
+    row = tasks[0].key() | {"gold": 0.5}
     reward.write_jsonl(tmp_path / "tuning.jsonl", [row])
     performed = []
 
@@ -224,7 +225,7 @@ def test_what_has_a_row_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 
         def imap_unordered(self, work: Any, tasks: list[run.Task]) -> list[dict[str, Any]]:
             performed.extend(tasks)
-            return [{"seed": task.seed, "method": task.method} for task in tasks]
+            return [task.key() for task in tasks]
 
     monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: argparse.Namespace(Pool=Pool))
     run.perform_all(tasks, tmp_path / "tuning.jsonl", argparse.Namespace(jobs=1, out=tmp_path))
