@@ -389,6 +389,10 @@ SCALED = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "log
         ),
         (not_a_number, "llama: not supported: log-probs in a pack are nan nats"),
         (
+            change_config(architectures=["LlamaForSequenceClassification"]),
+            "model: is a reward model, not a language model",
+        ),
+        (
             normalizer_that_removes_all,
             "response 0: has no tokens, or no end-of-turn token",
         ),

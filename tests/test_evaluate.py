@@ -429,6 +429,21 @@ def test_generate_passes_its_flags_on(
     assert seen == [first, first | second, first | {"response_prefix": "Good answer:", "stop_strings": more}]
 
 
+def test_of_several_models_those_whose_responses_are_there_are_kept(
+    policy_folder: Path, data: Path, tmp_path: Path, program: Program
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(policy_folder, other)
+    out = tmp_path / "responses"
+    out.mkdir()
+    kept = out / f"{evaluate.model_name(policy_folder)}.jsonl"
+    kept.write_text("of a run before\n")
+    command = ["generate", "--model", policy_folder, other, "--data", data, "--max_new_tokens", 2]
+    assert f"kept    {kept}: already there" in program(*command, "--out", out)
+    assert kept.read_text() == "of a run before\n"
+    assert len((out / "other.jsonl").read_text().splitlines()) == len(make_records())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Files of responses
 
