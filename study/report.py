@@ -386,7 +386,7 @@ def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
         axes.errorbar(gain.mean, height, xerr=half, **style)
     axes.set_yticks(range(len(items)), [name for name, _, _ in items])
     axes.invert_yaxis()
-    axes.set_xlabel("difference in gold reward, CLHA minus the other; 95 % interval over seeds")
+    axes.set_xlabel("gold of CLHA minus the other, 95 % intervals")
     reward.save_picture(figure, str(path))
 
 
