@@ -537,9 +537,8 @@ def model_card(run: Path, folder: str) -> str:
     words = {"model", "train_data", "dev_data", "output_dir", "token_cache"}
     settings = [[name, str(value)] for name, value in config.items() if name not in words]
     is_folder = Path(config["model"]).exists()
-    other = "objective" in config  # of study.baselines
     return CARD.format(
-        method=config["objective"] if other else "CLHA (Fang et al., LREC-COLING 2024)",
+        method=config.get("objective", "CLHA (Fang et al., LREC-COLING 2024)"),  # of study.baselines
         base="" if is_folder else f"base_model: {config['model']}\n",
         model=model_name(config["model"]) if is_folder else config["model"],
         library="peft" if config["lora_rank"] else "transformers",

@@ -136,7 +136,7 @@ study() {
     need_out
     read -ra seeds <<< "${SEEDS:-}"
     if [ ${#seeds[@]} = 0 ]; then
-        echo "study: 384 runs to tune and 400 on fresh seeds, about 10 hours of one core; with SEEDS=\"0 1\" a quarter of an hour"
+        echo "study: tunes every method, then compares them on 20 seeds; SEEDS=\"0 1\" is a quick one"
         "$PYTHON" -m study.run tune --out "$out"
         "$PYTHON" -m study.run compare --out "$out" --tuning "$out/tuning.jsonl"
     else

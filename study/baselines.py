@@ -139,9 +139,7 @@ def dpo(
 def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """s_i - s_j, and whether r_i > r_j, for all pairs of a query: (B, l), (B, l) -> (B, l, l) each."""
     better = rewards[:, :, None] > rewards[:, None, :]  # never with NaN
-    scores = scores.masked_fill(
-        rewards.isnan(), 0
-    )  # a NaN that is left out later would still reach gradients
+    scores = scores.masked_fill(rewards.isnan(), 0)  # NaN, even times zero, would reach gradients
     return scores[:, :, None] - scores[:, None, :], better
 
 

@@ -230,12 +230,10 @@ def method_table(rows: dict[str, Seeds]) -> str:
 def paper_table(rows: dict[str, Seeds]) -> str:
     """What gate and filter add at the paper's alpha."""
     lines = [["exploratory", "gold", "seeds"]]
-    for name, label in {
-        "the gate": "w/o gate",
-        "the filter": "w/o filter",
-        "both": "w/o gate and filter",
-    }.items():
-        gain = difference(rows.get("CLHA" + run.PAPERS, {}), rows.get(f"CLHA {label}{run.PAPERS}", {}))
+    without = {"the gate": "gate", "the filter": "filter", "both": "gate and filter"}
+    for name, parts in without.items():
+        ablated = rows.get(f"CLHA w/o {parts}{run.PAPERS}", {})
+        gain = difference(rows.get("CLHA" + run.PAPERS, {}), ablated)
         if gain:
             lines.append([name + run.PAPERS, cell(gain, "+.2f"), str(gain.seeds)])
     gain = difference(rows.get("gated SFT", {}), rows.get("SFT", {}))
@@ -288,18 +286,15 @@ def worlds_of(rows: list[Record]) -> dict[str, dict[str, Seeds]]:
     return {world: worlds[world] for world in run.WORLDS if world in worlds}
 
 
-GAINS = {  # of gate and filter, over neither
-    "gate": "CLHA w/o filter",
-    "filter": "CLHA w/o gate",
-    "both": "CLHA",
-}
+NEITHER = "CLHA w/o gate and filter"
+GAINS = {"gate": "CLHA w/o filter", "filter": "CLHA w/o gate", "both": "CLHA"}  # what has it, and not more
 
 
 def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
     """What rescoring adds in each world."""
     lines = [["world", "SFT", "neither", *(f"{name} - neither" for name in GAINS), "seeds"]]
     for world, rows in worlds.items():
-        neither = rows.get("CLHA w/o gate and filter", {})
+        neither = rows.get(NEITHER, {})
         cells = [cell(score(rows.get("SFT", {}), "gold")), cell(score(neither, "gold"))]
         cells += [cell(difference(rows.get(label, {}), neither), "+.2f") for label in GAINS.values()]
         lines.append([world, *cells, str(len(neither))])
@@ -313,13 +308,13 @@ def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     styles = {"gate": ("^", "white"), "filter": ("o", "0.6"), "both": ("s", "black")}
     for place, (name, (marker, color)) in enumerate(styles.items()):
-        gains = []
-        for rows in worlds.values():
-            gains.append(difference(rows[GAINS[name]], rows["CLHA w/o gate and filter"]))
-        heights = [height + 0.22 * (place - 1) for height in range(len(worlds))]
-        halves = [gain.half() if gain.seeds > 1 else 0 for gain in gains]
-        style = {"fmt": marker, "color": "black", "markerfacecolor": color, "capsize": 2, "label": name}
-        axes.errorbar([gain.mean for gain in gains], heights, xerr=halves, **style)
+        style = {"color": "black", "markerfacecolor": color, "marker": marker, "capsize": 2}
+        for height, rows in enumerate(worlds.values()):
+            gain = difference(rows.get(GAINS[name], {}), rows.get(NEITHER, {}))
+            if gain:  # not every row is run yet
+                half = gain.half() if gain.seeds > 1 else 0
+                axes.errorbar(gain.mean, height + 0.22 * (place - 1), xerr=half, **style)
+        axes.plot([], [], linestyle="", label=name, **{key: style[key] for key in [*style][:3]})
     axes.set_yticks(range(len(worlds)), [*worlds])
     axes.invert_yaxis()
     axes.set_xlabel("gold reward, minus that of neither gate nor filter; 95 % interval over seeds")
@@ -370,19 +365,16 @@ def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
         baseline["CLHA" + run.PAPERS] = "CLHA"
     items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
     for label, base in baseline.items():
-        name = f"{base.removesuffix(run.PAPERS)} - {label}"
-        items.append((name, difference(rows[base], rows[label]), "o"))
+        gain = difference(rows[base], rows[label])
+        if gain:
+            items.append((f"{base.removesuffix(run.PAPERS)} - {label}", gain, "o"))
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(items)), layout="constrained")
     axes.axvspan(-EQUAL, EQUAL, color="0.9")
     axes.axvline(0, color="black", linewidth=0.8)
     for height, (_, gain, marker) in enumerate(items):
         half = gain.half() if gain.seeds > 1 else 0
-        style = {
-            "color": "black",
-            "marker": marker,
-            "capsize": 3,
-            "markerfacecolor": "black" if marker == "s" else "white",
-        }
+        inside = "black" if marker == "s" else "white"
+        style = {"color": "black", "markerfacecolor": inside, "marker": marker, "capsize": 3}
         axes.errorbar(gain.mean, height, xerr=half, **style)
     axes.set_yticks(range(len(items)), [name for name, _, _ in items])
     axes.invert_yaxis()
@@ -410,7 +402,8 @@ def write(folder: Path, page: Path) -> None:
     picture = folder / "endpoints.png"
     plot(found, rows, picture)
     seeds = [*rows["CLHA"]]
-    unfinished = [label for label in [*run.GRIDS, *run.ABLATIONS] if len(rows.get(label, {})) < len(seeds)]
+    planned = [*run.GRIDS, *run.ABLATIONS, "CLHA as released"]
+    unfinished = [label for label in planned if len(rows.get(label, {})) < len(seeds)]
     asked = "" if seeds == [*run.FRESH_SEEDS] else f" (not the {len(run.FRESH_SEEDS)} of the protocol)"
     worlds = worlds_of(run.read_rows(folder / "worlds.jsonl"))
     told = "Not run; `python -m study.run vary` does it.\n"

@@ -40,7 +40,7 @@ Settings = dict[str, Any]  # of a run: its objective, and what is not the defaul
 
 ROWS = Path(__file__).parents[1] / "docs" / "study"  # the committed ones
 TUNING_SEEDS = (50, 51, 52, 53)
-FRESH_SEEDS = tuple(range(100, 120))  # which no setting has seen
+FRESH_SEEDS = tuple(range(100, 120))  # which no tuning has seen
 SMALL = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": "none"}
 AVERAGED = 4  # checkpoints of a run, SAVE_EVERY steps apart
 SAVE_EVERY = 10
@@ -86,19 +86,14 @@ ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings
     "CLHA w/o contrast and gate": {"min_reward_gap": NOTHING_KEPT, "gate": False},
     "CLHA w/o margin": {"margin": 0.0},
 }
-AS_IN_THE_PAPER: Settings = {
-    "objective": "clha",
-    "alpha": 0.05,
-    "learning_rate": 5e-4,
-}  # alpha of Section 3.3
-PAPERS = ", alpha 0.05"  # the end of these rows' names
+# Rows at the alpha of the paper's Section 3.3, and the end of their names
+AS_IN_THE_PAPER: Settings = {"objective": "clha", "alpha": 0.05, "learning_rate": 5e-4}
+PAPERS = ", alpha 0.05"
 RELEASED: Settings = {"objective": "released", "learning_rate": 5e-4} | baselines.RELEASED
 
-
+# Section 4 of the protocol: the options of toy.py, and what becomes of rewards
 MAIN = "labels flipped, 20 %"
-WORLDS: dict[
-    str, Settings
-] = {  # Section 4 of the protocol: the options of toy.py, and what becomes of rewards
+WORLDS: dict[str, Settings] = {
     "labels flipped, 0 %": {"label_noise": 0.0},
     MAIN: {},
     "labels flipped, 40 %": {"label_noise": 0.4},
@@ -427,13 +422,13 @@ def tuned(path: Path, methods: Iterable[str]) -> dict[str, Settings]:
     rows = compared(read_rows(path))
     missing = [method for method in methods if method not in rows]
     if missing:
-        raise InputError(f"{path}: {missing[0]} is not tuned to the end; see `study.run tune`")
+        raise InputError(f"{path}: {missing[0]} is no row, or not tuned to the end; see `study.run tune`")
     return rows
 
 
 def compare(args: argparse.Namespace) -> None:
     """test gold of the tuned methods and of CLHA's ablations on fresh seeds, as OUT/fresh.jsonl"""
-    rows = tuned(args.tuning, args.methods or GRIDS)
+    rows = tuned(args.tuning, args.methods or ())  # without --methods, all that are tuned
     tasks = []
     for start in range(0, len(args.seeds), args.jobs):  # as many worlds at a time as there are jobs
         seeds = args.seeds[start : start + args.jobs]
@@ -444,9 +439,10 @@ def compare(args: argparse.Namespace) -> None:
 
 def vary(args: argparse.Namespace) -> None:
     """test gold of CLHA with and without gate and filter in other worlds, as OUT/worlds.jsonl"""
-    rows = tuned(args.tuning, IN_WORLDS)
+    methods = args.methods or IN_WORLDS
+    rows = tuned(args.tuning, methods)
     tasks = []
-    for world, method, seed in itertools.product(WORLDS, args.methods or IN_WORLDS, args.seeds):
+    for world, method, seed in itertools.product(WORLDS, methods, args.seeds):
         settings = dict(rows[method])
         if "alpha" in settings:  # grows with the number of responses, Section 3.3 of the paper
             settings["alpha"] *= (WORLDS[world].get("length", 2) - 1) ** 2
@@ -464,7 +460,8 @@ def main() -> None:
             "--out", type=Path, default=Path("out/study"), help="folder for the rows, and for worlds and runs"
         )
         flag("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each")
-        flag("--methods", nargs="+", help="only these rows of the study, such as CLHA PRO")
+        known = [*GRIDS] if name == "tune" else None
+        flag("--methods", nargs="+", choices=known, help="only these rows, such as CLHA PRO")
         if name != "tune":
             seeds = FRESH_SEEDS if name == "compare" else WORLD_SEEDS
             flag("--seeds", type=int, nargs="+", default=[*seeds], help="a world each")

@@ -80,16 +80,16 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     shown = [row for row in rows if len(row) > 3 and "±" in row[1]]
     assert 6 <= len(shown) <= 8
     for name, gold, reward, bleu, *lead in shown:
-        [line] = [
-            line
-            for line in report.splitlines()
-            if line.startswith(f"| {name} | {gold} | {reward} | {bleu} |")
-        ]
+        start = f"| {name} | {gold} | {reward} | {bleu} |"
+        [line] = [line for line in report.splitlines() if line.startswith(start)]
         assert not lead or f" | {lead[0]} | " in line
-    for verdict in re.findall(
-        r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", (ROOT / "README.md").read_text()
-    ):
-        assert f"**{verdict.lower()}**" in report
+    words = (ROOT / "README.md").read_text()
+    verdicts = re.findall(r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", words)
+    assert verdicts and all(f"**{verdict.lower()}**" in report for verdict in verdicts)
+    exploratory = re.findall(r"(the gate|the filter) (adds|costs) (\d\.\d\d ± \d\.\d\d)", words)
+    assert len(exploratory) == 2
+    for name, verb, number in exploratory:
+        assert f"| {name}, alpha 0.05 | {'+' if verb == 'adds' else '-'}{number} | 20 |" in report
 
 
 STAND_INS = {

@@ -152,6 +152,20 @@ def test_other_rows_give_another_page(tmp_path: Path) -> None:
     assert all(line.startswith(("- ", "On 5 seeds", "![")) for line in prose if line)
 
 
+def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
+    gains = {"CLHA w/o gate and filter": 0.0, "CLHA w/o filter": 0.5, "CLHA": -0.25}  # no "CLHA w/o gate" yet
+    rows = []
+    for seed, (method, gain) in itertools.product(range(3), gains.items()):
+        rows.append({"world": "even errors", "seed": seed, "method": method, "gold": seed + gain})
+    write_rows(tmp_path, GOLDS)
+    reward.write_jsonl(tmp_path / "worlds.jsonl", rows)
+    report.write(tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    # neither, the gate, the filter and both over neither
+    assert "| even errors |  | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 | 3 |" in text
+    assert (tmp_path / "worlds.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_without_the_rows_of_an_endpoint_nothing_is_written(tmp_path: Path) -> None:
     write_rows(tmp_path, {label: golds for label, golds in GOLDS.items() if label != "CLHA w/o gate"})
     with pytest.raises(InputError, match="no run of CLHA w/o gate"):

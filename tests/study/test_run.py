@@ -64,7 +64,7 @@ def test_ablations_change_one_thing_in_the_chosen_settings() -> None:
 def test_a_method_that_is_not_tuned_is_refused(tmp_path: Path) -> None:
     reward.write_jsonl(tmp_path / "tuning.jsonl", tuning_rows("CLHA", [0.0] * 8))
     flags = {"out": tmp_path, "jobs": 1, "seeds": [100], "tuning": tmp_path / "tuning.jsonl"}
-    with pytest.raises(InputError, match="PRO is not tuned to the end"):
+    with pytest.raises(InputError, match="PRO is no row, or not tuned to the end"):
         run.compare(argparse.Namespace(methods=["CLHA", "PRO"], **flags))
 
 
