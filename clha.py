@@ -249,6 +249,7 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
         response_ids.append(response[:room])
     lengths = [len(ids) for ids in response_ids]
     size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
+    size["count"] = len(lengths)  # of responses
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record.get("id", "")} | size
 
 
@@ -786,8 +787,8 @@ def check_rewards(rewards: list[list[float]], config: Config) -> None:
         print(f"warning --gate is open for {opened:.2%} of the queries: their best rewards are above 0")
 
 
-def data_order(queries: int, config: Config) -> list[list[int]]:
-    """The indices of the queries of each step, in whole batches. Raises InputError if there are too few."""
+def data_order(queries: int, config: Config) -> Tensor:
+    """The queries of each step, (steps, batch_size) indices. Raises InputError if there are too few."""
     per_epoch = queries // config.batch_size
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
@@ -800,8 +801,8 @@ def data_order(queries: int, config: Config) -> list[list[int]]:
     for epoch in range(math.ceil(steps / per_epoch)):
         generator = torch.Generator().manual_seed(config.seed + epoch)
         shuffled = torch.randperm(queries, generator=generator)[: per_epoch * config.batch_size]
-        order += shuffled.view(per_epoch, config.batch_size).tolist()
-    return order[:steps]
+        order.append(shuffled.view(per_epoch, config.batch_size))
+    return torch.cat(order)[:steps]
 
 
 def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
@@ -820,10 +821,9 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
         number += processes
 
 
-def pack_limit(sizes: list[int], order: list[list[int]], pack_tokens: int, group: int = 1) -> int:
+def pack_limit(sizes: list[int], order: Tensor, pack_tokens: int, group: int = 1) -> int:
     """Tokens per pack, rounded up to tiles of 128: the fullest step's, spread evenly, and 5 % more."""
-    steps = [sum(sizes[i] for i in indices) for indices in order]
-    fullest = max(steps) / dist.get_world_size()
+    fullest = torch.tensor(sizes)[order].sum(1).max().item() / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
     return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128
 
@@ -890,19 +890,20 @@ def train(
         dist.all_gather_object(seen, (tokens, getattr(dev_data, "_fingerprint", "")))
         if seen.count(seen[0]) < processes:
             raise InputError(f"{config.train_data}: the processes read different data")
-        counts = [len(ids) for ids in examples["response_ids"]]
+        counts = examples["count"][:]
         if config.alpha is None:
             config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
         if loss_fn is None:
-            on_first_process(lambda: check_rewards([*examples["rewards"]], config))
+            sample = examples.select(range(0, len(examples), max(1, len(examples) // 10_000)))
+            on_first_process(lambda: check_rewards(sample["rewards"][:], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
         trackers = []  # one, on the first process, if it is asked for
         if config.tracker:
             on_first_process(lambda: trackers.append(start_tracker(config)))
         order = data_order(len(examples), config)
-        sizes = [*examples["size"], *(example["size"] for example in dev_examples)]
-        lengths = [*examples["longest"], *(example["longest"] for example in dev_examples)]
+        sizes = examples["size"][:] + [example["size"] for example in dev_examples]
+        lengths = examples["longest"][:] + [example["longest"] for example in dev_examples]
         limit = pack_limit(sizes, order, config.pack_tokens, group)
         policy, model_hash = load_policy(config, device)
         # On a GPU packs are filled to one length, for which flex_attention is compiled; it has no dropout.
@@ -944,7 +945,7 @@ def train(
             start = time.perf_counter()
             last = step == len(order)
             torch.manual_seed(config.seed + step * processes + process)  # of dropout, in a model that has it
-            batch = examples.select(indices).to_list()
+            batch = examples.select(indices.tolist()).to_list()
             metrics = run_batch(policy, packs_of(batch), loss_fn, train=True)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
             finite = math.isfinite(metrics["loss"] + norm)
@@ -955,7 +956,8 @@ def train(
             metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
             metrics["epoch"] = step * config.batch_size / len(examples)
             seconds = time.perf_counter() - start
-            metrics |= {"seconds": seconds, "tokens_per_second": sum(sizes[i] for i in indices) / seconds}
+            metrics["tokens_per_second"] = sum(example["size"] for example in batch) / seconds
+            metrics["seconds"] = seconds
             schedule.step()
             if dev_examples and (step % config.eval_every == 0 or last):
                 dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)

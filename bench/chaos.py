@@ -2,7 +2,7 @@
 
     python -m bench.chaos --kills 50 --out out/chaos          50 SIGKILLs, on 2 processes
     python -m bench.chaos --only kills --kills 4 --steps 150  the same in two minutes
-    python -m bench.chaos --only signal resize disk           SIGTERM, other numbers of processes, a full disk
+    python -m bench.chaos --only resize disk                  other numbers of processes, a full disk
     python -m bench.chaos --only machines                     two torchruns, as on two machines
 
 `kills`: half of them hit one process, which torchrun brings back (--max_restarts); half hit all processes and
@@ -224,18 +224,6 @@ def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
             return
 
 
-def signals(args: Namespace) -> Result:
-    """SIGTERM to torchrun; the same command goes on."""
-    reference = undisturbed(args, 60)
-    trial = Trial(args.out, "signal/run", 60)
-    trial.start()
-    trial.stop(23)
-    result = {"SIGTERM at step": trial.logged()[-1], "checkpoint": trial.saved()}
-    trial.start()
-    trial.finish()
-    return result | trial.outcome(reference)
-
-
 def resize(args: Namespace) -> Result:
     """From step 20 to 40 on other numbers of processes; without dropout, which is each process's own."""
     result: Result = {}
@@ -305,7 +293,7 @@ def machines(args: Namespace) -> Result:
     return {"kills": 3} | trial.outcome(reference)
 
 
-TRIALS = {"kills": kills, "signal": signals, "resize": resize, "disk": disk, "machines": machines}
+TRIALS = {"kills": kills, "resize": resize, "disk": disk, "machines": machines}
 
 
 def main() -> None:

@@ -105,6 +105,11 @@ def memory(
 # Work and hours
 
 
+def flops_per_token(parameters: int, trained: int) -> float:
+    """As they are usually counted: 6 per parameter, 4 if it has no gradient; none for recomputing."""
+    return 6 * trained + 4 * (parameters - trained)
+
+
 def released_tokens(longest: list[int], candidates: list[int]) -> int:
     """Tokens that the released loop computes: a row per candidate, padded to the longest of two queries."""
     return sum(max(longest[i : i + 2]) * sum(candidates[i : i + 2]) for i in range(0, len(longest), 2))
@@ -133,9 +138,8 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """As they are usually counted: 6 per parameter and token, filled in or not; none for recomputing."""
-        frozen = self.parameters - self.trained  # have no gradients of their own
-        return (6 * self.trained + 4 * frozen) * self.tokens * self.filled
+        """Of the run, for tokens that fill packs too."""
+        return flops_per_token(self.parameters, self.trained) * self.tokens * self.filled
 
 
 class Run(NamedTuple):
@@ -144,7 +148,7 @@ class Run(NamedTuple):
     config: clha.Config
     model: PretrainedConfig
     examples: datasets.Dataset
-    order: list[list[int]]
+    order: torch.Tensor  # (steps, batch_size)
     limit: int  # tokens of a pack
     fill: bool  # whether packs are filled to it, for flex_attention
 
@@ -155,22 +159,29 @@ def prepare(config: clha.Config, device: torch.device) -> Run:
     tokenizer = clha.load_tokenizer(config.model, config.template)
     model = clha.load(transformers.AutoConfig, config.model)
     examples = clha.load_examples(config.train_data, tokenizer, config)
-    sizes = list(examples["size"])
+    sizes = examples["size"][:]
     order = clha.data_order(len(examples), config)
     limit = clha.pack_limit(sizes, order, config.pack_tokens)
     fill = device.type == "cuda" and not getattr(model, "attention_dropout", 0)
     return Run(config, model, examples, order, limit, fill)
 
 
+def count_parameters(model: PretrainedConfig, config: clha.Config) -> tuple[int, int]:
+    """All of a model's parameters, and those that train."""
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model)
+        clha.add_adapters(built, config)
+    return built.num_parameters(), built.num_parameters(only_trainable=True)
+
+
 def make_plan(config: clha.Config, kind: str, nproc: int, room: float = 0, peak: float = 0) -> Plan:
     """What a run of `nproc` processes on this kind of machine will need."""
     with fake_processes(nproc):
         run = prepare(config, torch.device("cpu" if kind == "cpu" else "cuda"))
-    sizes = list(run.examples["size"])
-    candidates = [len(ids) for ids in run.examples["response_ids"]]
+    sizes = run.examples["size"][:]
     packs = []
     passes = []
-    for step in run.order[:50]:
+    for step in run.order[:50].tolist():
         shares = clha.balance([sizes[i] for i in step], run.limit, nproc)
         packs += [[step[i] for i in share] for share in shares]
         passes.append(len(shares) // nproc)
@@ -180,25 +191,23 @@ def make_plan(config: clha.Config, kind: str, nproc: int, room: float = 0, peak:
         missing = run.limit - sum(sizes[i] for i in largest)
         batch.append({"prompt_ids": [0] * missing, "response_ids": [], "rewards": []})
     real = sum(sizes[i] for pack in packs for i in pack)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(run.model)
-        clha.add_adapters(model, config)
+    parameters, trained = count_parameters(run.model, config)
     return Plan(
         model=config.model,
         kind=kind,
         nproc=nproc,
         room=room or CARDS[kind][0],
         peak=peak or CARDS[kind][1],
-        parameters=model.num_parameters(),
-        trained=model.num_parameters(only_trainable=True),
+        parameters=parameters,
+        trained=trained,
         memory=memory(run.model, run.config, batch, nproc // config.replicate, max(passes)),
         pack=clha.pack(batch).input_ids.shape[1],
         queries=len(sizes),
         epoch_tokens=sum(sizes),
-        released_tokens=released_tokens(list(run.examples["longest"]), candidates),
+        released_tokens=released_tokens(run.examples["longest"][:], run.examples["count"][:]),
         steps=len(run.order),
         passes=statistics.mean(passes),
-        tokens=sum(sizes[i] for step in run.order for i in step),
+        tokens=torch.tensor(sizes)[run.order].sum().item(),
         filled=run.limit * len(packs) / real if run.fill else 1.0,
     )
 

@@ -78,7 +78,7 @@ def measure(config: clha.Config, steps: int) -> dict[str, Any]:
         if number == 1 and device.type == "cpu":  # AdamW's moments are there now
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        batch = run.examples.select(run.order[number % len(run.order)]).to_list()
+        batch = run.examples.select(run.order[number % len(run.order)].tolist()).to_list()
         dist.barrier()
         start = clock(device)
         trainer.step(batch)

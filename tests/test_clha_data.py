@@ -526,19 +526,19 @@ def test_each_epoch_has_each_query_once_in_an_order_of_its_own(
             clha.data_order(number, config)
         return
     order = clha.data_order(number, config)
-    assert len(order) == steps and {len(batch) for batch in order} == {batch_size}
+    assert order.shape == (steps, batch_size)
     for start in range(0, steps, per_epoch):
-        shown = list(itertools.chain(*order[start : start + per_epoch]))
+        shown = order[start : start + per_epoch].flatten().tolist()
         assert len(set(shown)) == len(shown) and set(shown) <= set(range(number))
     longer = clha.data_order(
         number, Config("", "", "", batch_size=batch_size, max_steps=steps + 3, seed=seed)
     )
-    assert longer[:steps] == order
+    assert longer[:steps].equal(order)
 
 
 def test_seeds_and_epochs_differ_in_their_order_and_a_part_of_an_epoch_counts() -> None:
     config = Config("", "", "", batch_size=4, epochs=2.5, seed=1)
     order = clha.data_order(42, config)
-    assert len(order) == 25 and clha.data_order(42, config) == order
-    assert order[:10] != order[10:20]
-    assert clha.data_order(42, Config("", "", "", batch_size=4, epochs=2.5, seed=7)) != order
+    assert len(order) == 25 and order.equal(clha.data_order(42, config))
+    assert not order[:10].equal(order[10:20])
+    assert not order.equal(clha.data_order(42, Config("", "", "", batch_size=4, epochs=2.5, seed=7)))

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import clha
 import reward
-from bench import plan, rates, train_step
+from bench import plan, rates, scaling, train_step
 
 
 @pytest.fixture
@@ -130,3 +130,52 @@ def test_wrong_input_is_told_in_a_line(
     with pytest.raises(clha.InputError) as error:
         run(module, [*files, *flags.split()], monkeypatch)
     assert line in str(error.value)
+
+
+# Scaling
+
+
+def test_sending_by_hand() -> None:
+    Layout = scaling.Layout
+    nvlink, adapter = 0.8 * 450e9, 0.8 * 50e9  # bytes/s
+    send = scaling.communication
+    assert send(1e9, 1e9, Layout(1)) == 0
+    assert send(1e9, 1e9, Layout(8)) == pytest.approx(8e9 * 7 / 8 / nvlink)
+    assert send(1e9, 0, Layout(8)) == pytest.approx(4e9 * 7 / 8 / nvlink)  # LoRA: nothing to reduce
+    # Two machines: all of their weights pass the eight adapters of each; 400 GB/s is less than NVLink's 450.
+    assert send(1e9, 1e9, Layout(16)) == pytest.approx(8e9 * 15 / 16 / (8 * adapter))
+    assert send(1e9, 1e9, Layout(8, per_machine=4)) == pytest.approx(8e9 * 7 / 8 / (4 * adapter))
+    assert send(1e9, 1e9, Layout(16), adapter=5e9) == pytest.approx(8e9 * 15 / 16 / (8 * adapter / 10))
+    # A copy per machine: within it as on one, then each card's eighth of the gradients, there and back.
+    within = 8e9 * 7 / 8 / nvlink
+    between = 2 * 4e9 / 8 / 2 / adapter
+    assert send(1e9, 1e9, Layout(16, replicate=2)) == pytest.approx(within + between)
+
+
+def test_published_runs_are_predicted_to_15_percent() -> None:
+    for run in scaling.PUBLISHED:
+        low, high = run.predicted()
+        assert low < high and run.fewer.cards < run.more.cards
+        assert 0.85 * low < run.more_rate < high / 0.85, run
+        assert high <= run.fewer_rate
+
+
+def test_a_range_of_hours_from_all_sending_hidden_to_none(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(scaling, [*files, "--adapter", "100"], monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line]
+    assert [row[:2] for row in rows] == [
+        ["8", "FSDP"],
+        ["64", "FSDP"],
+        ["64", "HSDP"],
+        ["512", "FSDP"],
+        ["512", "HSDP"],
+    ]
+    for row in rows:
+        low, high = map(float, row[5].split(" to "))
+        assert 0 <= low <= high <= 2.1 * low + 0.001
+        assert row[2] == "128"  # a query, filled to a tile
+    run(scaling, ["--check"], monkeypatch)
+    assert capsys.readouterr().out.count("\n|") == len(scaling.PUBLISHED) + 1
