@@ -53,7 +53,7 @@ from clha import InputError, Record
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The objectives: avg_logps, sum_logps, rewards (B, l) -> (B,). As in clha.py, responses are ordered best
-#    first, and rewards are NaN where a query has fewer than l. With sft_weight 0 the ranking term is left.
+#    first, and rewards are NaN where a query has fewer than l. With alpha 0 the ranking term is left.
 
 
 def best_nll(logps: Tensor, rewards: Tensor) -> Tensor:
@@ -70,30 +70,30 @@ def plackett_luce(scores: Tensor, present: Tensor) -> Tensor:
     return (rest - scores).masked_fill(~present, 0).sum(1)
 
 
-def sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+def sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float) -> Tensor:
     """Imitates the response with the highest reward, and uses no other."""
-    return sft_weight * best_nll(sum_logps, rewards)
+    return alpha * best_nll(sum_logps, rewards)
 
 
-def gated_sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+def gated_sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float) -> Tensor:
     """alpha (1 - lambda) L_sft of Eq. 7: imitates the best response if its reward is above zero."""
     gate = (rewards > 0).any(1)
-    return sft_weight * gate * best_nll(sum_logps, rewards)
+    return alpha * gate * best_nll(sum_logps, rewards)
 
 
 def rrhf(
-    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, sft_reduction: str = "sum"
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, sft_reduction: str = "sum"
 ) -> Tensor:
     """RRHF: the sum of max(0, p_i - p_j) over pairs with r_i < r_j, plus the SFT term, of sums or means."""
     below = rewards[:, :, None] < rewards[:, None, :]  # (B, l, l); never with NaN
     hinge = (avg_logps[:, :, None] - avg_logps[:, None, :]).clamp(min=0)
     logps = sum_logps if sft_reduction == "sum" else avg_logps
     rank_loss = (hinge * below).sum((1, 2))
-    return rank_loss + sft_weight * best_nll(logps, rewards)
+    return rank_loss + alpha * best_nll(logps, rewards)
 
 
 def pro(
-    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, temperatures: bool = True
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, temperatures: bool = True
 ) -> Tensor:
     """PRO: response k is set against all that are worse, for k = 1 ... l - 1, plus the SFT term.
 
@@ -101,7 +101,7 @@ def pro(
     r_k - r_j times, and p_k as often as the largest of those. Their code adds 1e-10 inside the logarithm.
     """
     present = rewards.isfinite()
-    imitation = sft_weight * best_nll(sum_logps, rewards)
+    imitation = alpha * best_nll(sum_logps, rewards)
     if not temperatures:
         return plackett_luce(avg_logps, present) + imitation
     loss = torch.zeros_like(avg_logps[:, 0])
@@ -117,23 +117,17 @@ def pro(
     return loss + imitation
 
 
-def coh(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float) -> Tensor:
+def coh(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float) -> Tensor:
     """Chain of hindsight: SFT on the texts of `hindsight`. Their code leaves "Good answer:" out of it."""
-    return -sft_weight * (sum_logps * rewards.isfinite()).sum(1)
+    return -alpha * (sum_logps * rewards.isfinite()).sum(1)
 
 
 def dpo(
-    avg_logps: Tensor,
-    sum_logps: Tensor,
-    rewards: Tensor,
-    *,
-    sft_weight: float,
-    reference_logps: Tensor,
-    beta: float = 0.1,
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, reference_logps: Tensor, beta: float
 ) -> Tensor:
     """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l)."""
     scores = beta * (sum_logps - reference_logps)
-    return plackett_luce(scores, rewards.isfinite()) + sft_weight * best_nll(sum_logps, rewards)
+    return plackett_luce(scores, rewards.isfinite()) + alpha * best_nll(sum_logps, rewards)
 
 
 def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,54 +138,34 @@ def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def simpo(
-    avg_logps: Tensor,
-    sum_logps: Tensor,
-    rewards: Tensor,
-    *,
-    sft_weight: float,
-    beta: float = 0.1,
-    gamma: float = 0.0,
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, beta: float, gamma: float
 ) -> Tensor:
     """SimPO: -log sigmoid(beta (p_i - p_j) - gamma), summed over pairs with r_i > r_j."""
     lead, better = leads(avg_logps, rewards)
     losses = F.softplus(gamma - beta * lead)
-    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+    return (losses * better).sum((1, 2)) + alpha * best_nll(sum_logps, rewards)
 
 
-def cpo(
-    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, *, sft_weight: float, beta: float = 0.1
-) -> Tensor:
+def cpo(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, beta: float) -> Tensor:
     """CPO with a hinge: max(0, 1 - beta (s_i - s_j)) of sums s over pairs, plus a mean over tokens."""
     lead, better = leads(sum_logps, rewards)
     losses = (1 - beta * lead).clamp(min=0)
-    return (losses * better).sum((1, 2)) + sft_weight * best_nll(avg_logps, rewards)
+    return (losses * better).sum((1, 2)) + alpha * best_nll(avg_logps, rewards)
 
 
 def odpo(
-    avg_logps: Tensor,
-    sum_logps: Tensor,
-    rewards: Tensor,
-    *,
-    sft_weight: float,
-    reference_logps: Tensor,
-    beta: float = 0.1,
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, reference_logps: Tensor, beta: float
 ) -> Tensor:
     """ODPO: -log sigmoid(beta (s_i - s_j) - log(r_i - r_j)) over pairs, s = sum_logps - reference_logps."""
     lead, better = leads(beta * (sum_logps - reference_logps), rewards)
     gap, _ = leads(rewards, rewards)
     offset = torch.where(better, gap, 1).log()
     losses = F.softplus(offset - lead)
-    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+    return (losses * better).sum((1, 2)) + alpha * best_nll(sum_logps, rewards)
 
 
 def lipo(
-    avg_logps: Tensor,
-    sum_logps: Tensor,
-    rewards: Tensor,
-    *,
-    sft_weight: float,
-    reference_logps: Tensor,
-    beta: float = 0.1,
+    avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, reference_logps: Tensor, beta: float
 ) -> Tensor:
     """LiPO-lambda: sum over r_i > r_j of Delta_ij log(1 + exp(-beta (s_i - s_j))), s as in `odpo`.
 
@@ -210,7 +184,7 @@ def lipo(
     gain, _ = leads(2**psi, rewards)
     discount, _ = leads(1 / (1 + tau).log(), rewards)
     losses = gain.abs() * discount.abs() * F.softplus(-lead)
-    return (losses * better).sum((1, 2)) + sft_weight * best_nll(sum_logps, rewards)
+    return (losses * better).sum((1, 2)) + alpha * best_nll(sum_logps, rewards)
 
 
 FUNCTIONS = (sft, gated_sft, rrhf, pro, coh, dpo, simpo, cpo, odpo, lipo)
@@ -315,7 +289,7 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
     own = ("beta", "gamma", "temperatures", "sft_reduction")
     names = [name for name in own if config.objective in READ_BY[name]]
     settings = {name: getattr(config, name) for name in names}
-    objective = partial(OBJECTIVES[config.objective], sft_weight=config.alpha, **settings)
+    objective = partial(OBJECTIVES[config.objective], alpha=config.alpha, **settings)
 
     def loss_fn(
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, **more: Tensor

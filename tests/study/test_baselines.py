@@ -200,12 +200,12 @@ def compare_released(case: dict[str, Any]) -> None:
 def compare_pro(case: dict[str, Any]) -> bool:
     """`pro` has the released ranking loss, unless the released 1e-10 weighs in; whether it was compared."""
     avg, total, rewards = matrices(case)
-    plain = OBJECTIVES["pro"](avg, total, rewards, sft_weight=0.0, temperatures=False).mean()
+    plain = OBJECTIVES["pro"](avg, total, rewards, alpha=0.0, temperatures=False).mean()
     assert plain.item() == pytest.approx(case["plain_pro"], rel=1e-9, abs=1e-9)
     gaps = rewards[:, :, None] - rewards[:, None, :]
     if gaps.clamp(min=0).amax() * -avg.amin() > 13:  # exp(-13) is 2e-6: 1e-10 is seen next to it
         return False
-    loss = OBJECTIVES["pro"](avg, total, rewards, sft_weight=0.0).mean()
+    loss = OBJECTIVES["pro"](avg, total, rewards, alpha=0.0).mean()
     assert loss.item() == pytest.approx(case["pro"], rel=1e-4, abs=1e-4)
     return True
 
@@ -213,9 +213,9 @@ def compare_pro(case: dict[str, Any]) -> bool:
 def compare_rrhf(case: dict[str, Any]) -> None:
     """`rrhf` has the released ranking loss of each query, and the SFT term by mean."""
     avg, total, rewards = matrices(case)
-    ranking = OBJECTIVES["rrhf"](avg, total, rewards, sft_weight=0.0)
+    ranking = OBJECTIVES["rrhf"](avg, total, rewards, alpha=0.0)
     assert ranking[: len(case["rrhf"])].tolist() == pytest.approx(case["rrhf"], rel=1e-6, abs=1e-6)
-    loss = OBJECTIVES["rrhf"](avg, total, rewards, sft_weight=1.0, sft_reduction="mean")
+    loss = OBJECTIVES["rrhf"](avg, total, rewards, alpha=1.0, sft_reduction="mean")
     assert (loss - ranking).tolist() == pytest.approx(case["sft_mean"], rel=1e-6)
 
 
@@ -247,14 +247,14 @@ def test_sft_imitates_the_response_with_the_highest_reward() -> None:
     avg = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]])
     total = torch.tensor([[-4.0, -6.0], [-4.0, -6.0]])
     rewards = torch.tensor([[0.5, 0.1], [-0.5, 0.1]])  # the second is not sorted
-    assert OBJECTIVES["sft"](avg, total, rewards, sft_weight=0.5).tolist() == [2.0, 3.0]
-    assert OBJECTIVES["sft"](avg, total, rewards, sft_weight=0.0).tolist() == [0.0, 0.0]
+    assert OBJECTIVES["sft"](avg, total, rewards, alpha=0.5).tolist() == [2.0, 3.0]
+    assert OBJECTIVES["sft"](avg, total, rewards, alpha=0.0).tolist() == [0.0, 0.0]
 
 
 def test_gated_sft_imitates_only_what_is_above_zero() -> None:
     total = torch.tensor([[-4.0, -6.0], [-4.0, -6.0], [-4.0, -6.0]])
     rewards = torch.tensor([[0.5, 0.1], [0.0, -1.0], [-0.1, NAN]])
-    assert OBJECTIVES["gated_sft"](total, total, rewards, sft_weight=0.5).tolist() == [2.0, 0.0, 0.0]
+    assert OBJECTIVES["gated_sft"](total, total, rewards, alpha=0.5).tolist() == [2.0, 0.0, 0.0]
 
 
 def test_gated_sft_is_clha_without_contrast() -> None:
@@ -263,7 +263,7 @@ def test_gated_sft_is_clha_without_contrast() -> None:
     rewards = torch.randn(8, 3, generator=generator).sort(1, descending=True).values
     infinite = {"margin": 0.3, "min_reward_gap": 1e9}  # no pair is kept
     expected, _ = clha.clha_loss(total, total, rewards, **infinite, alpha=0.2)
-    loss = OBJECTIVES["gated_sft"](total, total, rewards, sft_weight=0.2).mean()
+    loss = OBJECTIVES["gated_sft"](total, total, rewards, alpha=0.2).mean()
     assert loss.item() == pytest.approx(expected.item())
 
 
@@ -273,9 +273,9 @@ def test_rrhf_by_hand() -> None:
     avg = torch.tensor([[-2.0, -1.5, -3.0]])
     total = torch.tensor([[-8.0, -3.0, -3.0]])
     rewards = torch.tensor([[2.0, 1.0, 1.0]])
-    assert OBJECTIVES["rrhf"](avg, total, rewards, sft_weight=0.0).item() == pytest.approx(0.5)
-    assert OBJECTIVES["rrhf"](avg, total, rewards, sft_weight=1.0).item() == pytest.approx(0.5 + 8.0)
-    mean = OBJECTIVES["rrhf"](avg, total, rewards, sft_weight=1.0, sft_reduction="mean")
+    assert OBJECTIVES["rrhf"](avg, total, rewards, alpha=0.0).item() == pytest.approx(0.5)
+    assert OBJECTIVES["rrhf"](avg, total, rewards, alpha=1.0).item() == pytest.approx(0.5 + 8.0)
+    mean = OBJECTIVES["rrhf"](avg, total, rewards, alpha=1.0, sft_reduction="mean")
     assert mean.item() == pytest.approx(0.5 + 2.0)
 
 
@@ -286,8 +286,8 @@ def test_pro_by_hand() -> None:
     total = torch.tensor([[-3.0, -1.0]])
     rewards = torch.tensor([[2.0, -1.0]])
     expected = math.log(1 + math.exp(3 * 0.5))
-    assert OBJECTIVES["pro"](avg, total, rewards, sft_weight=0.0).item() == pytest.approx(expected)
-    with_sft = OBJECTIVES["pro"](avg, total, rewards, sft_weight=0.1)
+    assert OBJECTIVES["pro"](avg, total, rewards, alpha=0.0).item() == pytest.approx(expected)
+    with_sft = OBJECTIVES["pro"](avg, total, rewards, alpha=0.1)
     assert with_sft.item() == pytest.approx(expected + 0.3)
 
 
@@ -295,7 +295,7 @@ def test_pro_without_temperatures_is_equation_2_by_hand() -> None:
     avg = torch.tensor([[-1.0, -2.0, -3.0]])
     expected = math.log(1 + math.exp(-1) + math.exp(-2)) + math.log(1 + math.exp(-1))
     rewards = torch.tensor([[9.0, 1.0, 0.0]])  # only their order counts
-    loss = OBJECTIVES["pro"](avg, avg, rewards, sft_weight=0.0, temperatures=False)
+    loss = OBJECTIVES["pro"](avg, avg, rewards, alpha=0.0, temperatures=False)
     assert loss.item() == pytest.approx(expected)
 
 
@@ -303,12 +303,12 @@ def test_pro_does_not_drown_in_an_epsilon() -> None:
     # exp(-30) is 1e-13: the released form gives log(1e-10) + 30 = 7; the exact value is log(1 + exp(-30)).
     avg = torch.tensor([[-10.0, -20.0]])
     rewards = torch.tensor([[3.0, 0.0]])
-    assert OBJECTIVES["pro"](avg, avg, rewards, sft_weight=0.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert OBJECTIVES["pro"](avg, avg, rewards, alpha=0.0).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_coh_imitates_both_texts() -> None:
     total = torch.tensor([[-4.0, -6.0]])
-    assert OBJECTIVES["coh"](total / 2, total, torch.zeros(1, 2), sft_weight=0.5).tolist() == [5.0]
+    assert OBJECTIVES["coh"](total / 2, total, torch.zeros(1, 2), alpha=0.5).tolist() == [5.0]
 
 
 def test_dpo_by_hand() -> None:
@@ -316,23 +316,23 @@ def test_dpo_by_hand() -> None:
     total = torch.tensor([[-4.0, -6.0]])
     rewards = torch.tensor([[1.0, 0.0]])
     settings = {"reference_logps": torch.tensor([[-6.0, -5.0]]), "beta": 0.5}
-    loss = OBJECTIVES["dpo"](total, total, rewards, sft_weight=0.0, **settings)
+    loss = OBJECTIVES["dpo"](total, total, rewards, alpha=0.0, **settings)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
-    with_sft = OBJECTIVES["dpo"](total, total, rewards, sft_weight=0.1, **settings)
+    with_sft = OBJECTIVES["dpo"](total, total, rewards, alpha=0.1, **settings)
     assert with_sft.item() == pytest.approx(loss.item() + 0.4)
 
 
 def test_dpo_of_an_unchanged_model_knows_nothing() -> None:
     total = torch.tensor([[-4.0, -6.0], [-1.0, -9.0]])
     rewards = torch.tensor([[1.0, 0.0]] * 2)
-    loss = OBJECTIVES["dpo"](total, total, rewards, sft_weight=0.0, reference_logps=total)
+    loss = OBJECTIVES["dpo"](total, total, rewards, alpha=0.0, reference_logps=total, beta=0.1)
     assert loss.tolist() == pytest.approx([math.log(2)] * 2)
 
 
 def test_simpo_by_hand() -> None:
     avg = torch.tensor([[-1.0, -1.5, -3.0]])
     rewards = torch.tensor([[2.0, 2.0, 1.0]])  # the first two are no pair
-    loss = OBJECTIVES["simpo"](avg, 9 * avg, rewards, sft_weight=0.0, beta=2.0, gamma=0.5)
+    loss = OBJECTIVES["simpo"](avg, 9 * avg, rewards, alpha=0.0, beta=2.0, gamma=0.5)
     # -log sigmoid(2 * 2 - .5) and -log sigmoid(2 * 1.5 - .5), as TRL's CPOTrainer has them for "simpo"
     assert loss.item() == pytest.approx(math.log1p(math.exp(-3.5)) + math.log1p(math.exp(-2.5)))
 
@@ -341,19 +341,19 @@ def test_cpo_with_a_hinge_by_hand() -> None:
     avg = torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
     total = torch.tensor([[-4.0, -6.0], [-4.0, -19.0]])
     rewards = torch.tensor([[1.0, 0.0]] * 2)
-    loss = OBJECTIVES["cpo"](avg, total, rewards, sft_weight=0.5, beta=0.1)
+    loss = OBJECTIVES["cpo"](avg, total, rewards, alpha=0.5, beta=0.1)
     assert loss.tolist() == pytest.approx([1 - 0.2 + 0.5, 0.5])  # the second leads by more than 1 / beta
 
 
 def test_odpo_by_hand() -> None:
     total = torch.tensor([[-4.0, -6.0]])
     settings = {"reference_logps": torch.tensor([[-5.0, -5.0]]), "beta": 0.5}
-    loss = OBJECTIVES["odpo"](total, total, torch.tensor([[3.0, 0.0]]), sft_weight=0.0, **settings)
+    loss = OBJECTIVES["odpo"](total, total, torch.tensor([[3.0, 0.0]]), alpha=0.0, **settings)
     # -log sigmoid(.5 * 2 - log 3) = log(1 + 3 / e); with a gap of 1 it is DPO
     assert loss.item() == pytest.approx(math.log1p(3 / math.e))
     rewards = torch.tensor([[1.0, 0.0]])
-    loss = OBJECTIVES["odpo"](total, total, rewards, sft_weight=0.0, **settings)
-    expected = OBJECTIVES["dpo"](total, total, rewards, sft_weight=0.0, **settings)
+    loss = OBJECTIVES["odpo"](total, total, rewards, alpha=0.0, **settings)
+    expected = OBJECTIVES["dpo"](total, total, rewards, alpha=0.0, **settings)
     assert loss.item() == pytest.approx(expected.item())
 
 
@@ -361,7 +361,7 @@ def test_lipo_lambda_by_hand() -> None:
     total = torch.tensor([[-4.0, -6.0, -3.0]])
     rewards = torch.tensor([[math.log(4), 0.0, -math.log(4)]])
     settings = {"reference_logps": torch.tensor([[-5.0, -5.0, -5.0]]), "beta": 0.5}
-    loss = OBJECTIVES["lipo"](total, total, rewards, sft_weight=0.0, **settings)
+    loss = OBJECTIVES["lipo"](total, total, rewards, alpha=0.0, **settings)
     # sigmoid(log 4) = 4/5, sigmoid(log 16) = 16/17; scores .5, -.5, 1: ranks 2, 3, 1
     psi = [(4 / 5 + 16 / 17) / 2, (1 / 5 + 4 / 5) / 2, (1 / 17 + 1 / 5) / 2]
     discount = [1 / math.log(3), 1 / math.log(4), 1 / math.log(2)]
@@ -373,15 +373,19 @@ def test_lipo_lambda_by_hand() -> None:
     assert loss.item() == pytest.approx(expected)
 
 
+NEEDED: dict[str, dict[str, float]] = {name: {"beta": 0.1} for name in ("dpo", "cpo", "odpo", "lipo")}
+NEEDED["simpo"] = {"beta": 0.1, "gamma": 0.0}
+
+
 @pytest.mark.parametrize(("name", "temperatures"), [*((name, True) for name in OBJECTIVES), ("pro", False)])
 def test_absent_responses_change_neither_value_nor_gradient(name: str, temperatures: bool) -> None:
     avg = torch.tensor([[-1.0, -0.5, 0.0]], requires_grad=True)  # there is no third: its reward is NaN
     rewards = torch.tensor([[1.0, 0.2, NAN]])
-    options: dict[str, Any] = {"pro": {"temperatures": temperatures}}.get(name, {})
+    options = {"temperatures": temperatures} if name == "pro" else NEEDED.get(name, {})
 
     def loss(avg_logps: Tensor, rewards: Tensor, reference: Tensor) -> Tensor:
         more = {"reference_logps": reference} if name in baselines.REFERENCED else {}
-        return OBJECTIVES[name](avg_logps, 3 * avg_logps, rewards, sft_weight=0.3, **options, **more)
+        return OBJECTIVES[name](avg_logps, 3 * avg_logps, rewards, alpha=0.3, **options, **more)
 
     padded = loss(avg, rewards, torch.tensor([[-2.0, -2.0, NAN]]))
     alone = loss(avg[:, :2], rewards[:, :2], torch.tensor([[-2.0, -2.0]]))
@@ -396,7 +400,8 @@ def test_absent_responses_change_neither_value_nor_gradient(name: str, temperatu
 def test_the_ranking_term_alone_raises_the_better_response_and_lowers_the_worse(name: str) -> None:
     avg = torch.tensor([[-2.0, -1.0]], requires_grad=True)
     more = {"reference_logps": torch.tensor([[-6.0, -3.0]])} if name in baselines.REFERENCED else {}
-    OBJECTIVES[name](avg, 3 * avg, torch.tensor([[1.0, 0.0]]), sft_weight=0.0, **more).sum().backward()
+    more |= NEEDED.get(name, {})
+    OBJECTIVES[name](avg, 3 * avg, torch.tensor([[1.0, 0.0]]), alpha=0.0, **more).sum().backward()
     assert avg.grad is not None
     assert avg.grad[0, 0] < 0 < avg.grad[0, 1]
 
@@ -545,7 +550,9 @@ def test_settings_of_an_objective_reach_it() -> None:
         for settings in several:
             loss_fn = baselines.objective_loss_fn(config(name, alpha=0.7, **settings))
             loss, _ = loss_fn(*matrices, **more)
-            expected = OBJECTIVES[name](*matrices, sft_weight=0.7, **settings, **more).mean()
+            expected = OBJECTIVES[name](
+                *matrices, alpha=0.7, **NEEDED.get(name, {}) | settings, **more
+            ).mean()
             assert loss.item() == pytest.approx(expected.item())
             losses.append(loss.item())
         assert len(set(losses)) == len(several)
@@ -757,7 +764,7 @@ def logps_of(world: Path, data: Path) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_loss_of_a_run_is_the_mean_of_the_objective(world: Path, scored: Path, tmp_path: Path) -> None:
     rows = run(world, scored, tmp_path / "sft", "sft", batch_size=48, max_steps=1)
     avg, total, rewards = logps_of(world, scored)
-    expected = OBJECTIVES["sft"](avg, total, rewards, sft_weight=1.0).mean().item()
+    expected = OBJECTIVES["sft"](avg, total, rewards, alpha=1.0).mean().item()
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
