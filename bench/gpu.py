@@ -1,6 +1,7 @@
 """What does a step of LLaMA-7B cost on one GPU? Whole optimizer steps on the same queries:
 
     ours          clha.py: packs of one length, flex_attention
+    unshared      the same, with the prompt computed for each response
     padded        the release: 2 queries at a time, a padded forward per candidate, full log-softmax
     concatenated  8 queries at a time, one padded forward over all prompt-response texts, full logits
 
@@ -8,7 +9,7 @@
     python -m bench.gpu --stages sweep --pack_tokens 4096 16384 --checkpointing full none
     python -m bench.gpu --model 2M --device cpu --queries 2 --rounds 1      without a GPU, to try it
 
-`numerics` compares flex_attention with SDPA, `ways` the three above, `sweep` our settings on full packs;
+`numerics` compares packs with responses alone, `ways` the four above, `sweep` our settings on full packs;
 `profile` prints which kernels take the time of our step. Weights are random; queries have the lengths of
 HH-RLHF. The clock covers making the batch, forward, backward, clipping and AdamW. `mfu` is 6 x all parameters
 x tokens per second over the GPU's peak: prompts count once, and nothing padded, filled or recomputed counts.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import clha
 import evaluate
@@ -38,6 +40,10 @@ from bench.rates import Trainer, clock
 
 TOGETHER = {"padded": 2, "concatenated": 8}  # queries of a backward pass; the release has 2 (train_hh.sh)
 LONGEST = 640  # tokens of the longest of train_step.queries
+WAYS = ("ours", "unshared", *TOGETHER)
+FAMILIES = ("llama", "qwen3", "gemma3_text")
+BILLION = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16}
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}  # to try it without a GPU
 
 Row = dict[str, Any]
 
@@ -69,10 +75,17 @@ def build(trial: Trial) -> Trainer:
     return Trainer(policy, trial.pack_tokens, fill=trial.device.type == "cuda")
 
 
+def unshared(queries: list[clha.Example]) -> list[clha.Example]:
+    """Each response as a query of its own, with all of its prompt; there is nothing to rank then."""
+    texts = [(query["prompt_ids"], ids) for query in queries for ids in query["response_ids"]]
+    kept = {"rewards": [1.0]}  # imitated, so that there is a gradient
+    return [{"prompt_ids": p, "response_ids": [ids], "size": len(p) + len(ids)} | kept for p, ids in texts]
+
+
 def step(trainer: Trainer, way: str, queries: list[clha.Example]) -> dict[str, float]:
     """One optimizer step: the loss, and the norm of the gradient."""
-    if way == "ours":
-        return trainer.step(queries)
+    if way in ("ours", "unshared"):
+        return trainer.step(queries if way == "ours" else unshared(queries))
     policy = trainer.policy
     policy.model.set_attn_implementation("sdpa")
     policy.forward = partial(train_step.WAYS[way], policy)  # so that FSDP gathers the weights around it
@@ -128,25 +141,32 @@ def apart(device: torch.device, function: Callable[..., Any], *arguments: Any) -
 # Stages: each gives rows of a table
 
 
-def numerics(device: torch.device, tokens: int) -> list[Row]:
-    """Log-probs and gradients of a small model, with heads as LLaMA-7B's, against SDPA in float32."""
+def numerics(device: torch.device, tokens: int, family: str) -> list[Row]:
+    """Log-probs and gradients in packs, against those of each response alone by transformers in float32."""
     clha.init_process()
+    large = device.type == "cuda"
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128 if large else 16}
+    model = AutoConfig.for_model(family, vocab_size=32000, **(BILLION if large else SMALL), **heads)
     queries = fill(tokens, seed=0)
+    lengths = clha.pack(queries, device).lengths
     rows: list[Row] = []
     expected: list[torch.Tensor] = []
     for dtype in ("float32", "bfloat16"):
         config = clha.settle(clha.Config("", "", "", dtype=dtype), device)
-        policy = train_step.random_policy(train_step.llama("24M", head_dim=128), config, device)
-        kernels = {"sdpa": 0, "flex": tokens} if device.type == "cuda" else {"sdpa": 0}
-        for attention, length in kernels.items():
-            pack = clha.pack(queries, device, length)
+        policy = train_step.random_policy(model, config, device)
+        for attention in ("alone", "sdpa", "flex") if large else ("alone", "sdpa"):
             policy.zero_grad()
-            sum_logps = policy(pack)
+            if attention == "alone":
+                texts = [(query["prompt_ids"], ids) for query in queries for ids in query["response_ids"]]
+                sum_logps = torch.stack([policy.forward_alone(*text) for text in texts]).view_as(lengths)
+            else:
+                sum_logps = policy(clha.pack(queries, device, tokens if attention == "flex" else 0))
             sum_logps.mean().backward()
-            logps = clha.mean_logps(sum_logps, pack.lengths).detach()
+            logps = clha.mean_logps(sum_logps, lengths).detach()
             gradient = torch.cat([weight.grad.to_local().flatten() for weight in policy.parameters()])
             expected = expected or [logps, gradient]
             row = {
+                "model": family,
                 "dtype": dtype,
                 "attention": attention,
                 "logps_apart_by_nats_per_token": (logps - expected[0]).abs().max().item(),
@@ -157,11 +177,11 @@ def numerics(device: torch.device, tokens: int) -> list[Row]:
 
 
 def ways(trial: Trial) -> list[Row]:
-    """The three ways; `over_ours` is the median ratio of the seconds of steps on the same queries.
+    """The four ways; `over_ours` is the median ratio of the seconds of steps on the same queries.
 
     Each trains its own weights, so the losses are not quite the same.
     """
-    rows = [apart(trial.device, measure, replace(trial, way=way)) for way in ("ours", *TOGETHER)]
+    rows = [apart(trial.device, measure, replace(trial, way=way)) for way in WAYS]
     ours = rows[0]["seconds"]
     for row in rows:
         row["over_ours"] = train_step.median_ratio(row["seconds"], ours) if row["seconds"] and ours else None
@@ -241,7 +261,9 @@ def main() -> None:
     peak = next((flops for card, (_, flops) in CARDS.items() if card in gpu.lower()), 0)
     results: dict[str, list[Row]] = {}
     if "numerics" in args.stages:
-        results["numerics"] = apart(device, numerics, device, tokens)
+        results["numerics"] = []
+        for family in FAMILIES:
+            results["numerics"] += apart(device, numerics, device, tokens, family)
         show(results["numerics"], peak)
     if "ways" in args.stages:
         batches = [train_step.queries(args.queries, seed) for seed in range(-1, args.rounds)]

@@ -61,9 +61,8 @@ class Published(NamedTuple):
     def predicted(self) -> tuple[float, float]:
         """The rate on more cards, by that on fewer: nothing hidden, and all."""
         seconds = 16_384 / self.fewer_rate
-        before, after = (
-            communication(self.parameters, self.parameters, cards) for cards in (self.fewer, self.more)
-        )
+        layouts = (self.fewer, self.more)
+        before, after = (communication(self.parameters, self.parameters, cards) for cards in layouts)
         return 16_384 / (seconds - before + after), 16_384 / max(seconds, after)
 
 

@@ -1,10 +1,9 @@
-"""What does a training step cost? Five ways, the same model and queries, forward and backward, paired steps:
+"""What does a training step cost? Four ways, the same model and queries, forward and backward, paired steps:
 
     padded        the release: one padded forward per candidate, full log-softmax, all hidden states kept
     concatenated  one padded forward over all prompt-response texts, full logits (the usual way of trainers)
     ours          clha.py: packs with shared prompts, the LM head on response positions only
     floor         a bare language-model step on as many tokens as `ours` has, the head on as many positions
-    rows          ours, but a forward pass per query: is a pack better than rows of one query?
 
     python -m bench.train_step --models 24M 58M --queries 2 8 --steps 7
 
@@ -93,7 +92,7 @@ def random_policy(model: PretrainedConfig, config: clha.Config, device: torch.de
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The five ways
+# The four ways
 
 # clha.py's defaults; alpha as it is for two responses
 SETTINGS = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
@@ -154,13 +153,6 @@ def ours(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
     return loss_of(policy(pack), pack.lengths, examples)
 
 
-def rows(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
-    """The same, a forward pass per query."""
-    packs = [clha.pack([example], policy.model.device) for example in examples]
-    sums = torch.cat([policy(pack) for pack in packs])
-    return loss_of(sums, torch.cat([pack.lengths for pack in packs]), examples)
-
-
 def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
     """A bare LM step: a row per query, all of one length, the head on equally many positions in each."""
     number = len(examples)
@@ -173,10 +165,8 @@ def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, :scored].flatten())
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {
-    way.__name__: way for way in (padded, concatenated, ours, floor, rows)
-}
-RATIOS = [("padded", "ours"), ("concatenated", "ours"), ("ours", "floor"), ("rows", "ours")]
+WAYS: dict[str, Callable[..., Tensor]] = {way.__name__: way for way in (padded, concatenated, ours, floor)}
+RATIOS = [("padded", "ours"), ("concatenated", "ours"), ("ours", "floor")]
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -190,7 +180,7 @@ def build(name: str) -> clha.Policy:
 
 def step(way: str, policy: clha.Policy, examples: list[clha.Example]) -> float:
     """Seconds of a forward and backward pass."""
-    if way not in ("ours", "rows"):  # packs set their own attention; the others need the usual one again
+    if way != "ours":  # packs set their own attention; the others need the usual one again
         policy.model.set_attn_implementation("sdpa")
     policy.zero_grad()
     start = time.perf_counter()
@@ -247,7 +237,7 @@ def main() -> None:
     args = parser.parse_args()
     reward.check_numbers(args, positive=("steps",))
     results = []
-    columns = ["model", "queries", *map(" / ".join, RATIOS), "peak GiB of the five, as in --help"]
+    columns = ["model", "queries", *map(" / ".join, RATIOS), "peak GiB of the four, as in --help"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in args.models:
         for number in args.queries:
