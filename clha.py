@@ -501,6 +501,8 @@ def load_tokenizer(path: str, template: str = "auto") -> Tokenizer:
     if (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"{path}: holds LoRA adapters; `python evaluate.py merge` makes a model of them")
     tokenizer = load(transformers.AutoTokenizer, path)
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.get_chat_template()
     known = getattr(load(transformers.AutoConfig, path).get_text_config(), "vocab_size", math.inf)
     if tokenizer.eos_token_id is None or max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
         raise InputError(f"{path}: the tokenizer has no EOS, or tokens beyond the {known} of the model")
@@ -515,11 +517,12 @@ def load_tokenizer(path: str, template: str = "auto") -> Tokenizer:
         except ValueError as error:
             raise InputError(f"--template {template}: not UTF-8 ({reason(error)})") from None
     elif template != "auto":  # NAME=VALUE becomes a part of the template, and goes into final/ with it
-        text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        text = tokenizer.chat_template or ""
         found = re.fullmatch(r"(\w+)=(true|false|none|-?[\d.]+|\"[^\"]*\")", template)
         if not found or not re.search(rf"\b{found[1]}\b", text):
             need = "auto, hh, a file, or NAME=VALUE with a name that the model's own template reads"
             raise InputError(f"--template {template}: must be {need}")
+        text = re.sub(rf"^{{%- set {found[1]}=[^%]*%}}", "", text)  # of a run that set it
         tokenizer.chat_template = f"{{%- set {template} %}}{text}"
     return tokenizer
 
@@ -699,14 +702,19 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
     on_first_process(publish)
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two runs, as text; "" if nothing does."""
+    names = [name for name, value in now.items() if before.get(name) != value]
+    return ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in names)[:300]
+
+
 def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str, Any]) -> int:
     """Loads a checkpoint's weights and AdamW; returns its step. Raises InputError if it does not fit."""
 
     def check() -> None:
         try:
             before = json.loads((path / "run.json").read_text())
-            changes = [name for name, value in identity.items() if before["run"].get(name) != value]
-            told = ", ".join(f"{name} {before['run'].get(name)} -> {identity[name]}" for name in changes)
+            told = changes(before["run"], identity)
             damaged = [name for name, content in before["files"].items() if file_hash(path / name) != content]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             damaged = [reason(error)]
@@ -916,15 +924,23 @@ def train(
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
         optimizer = adamw(policy.parameters(), config.learning_rate)
         schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
-        identity = {name: value for name, value in asdict(config).items() if name not in FREE}
-        identity |= {"model": model_hash, "tokens": tokens}
+        fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
+        identity = fixed | {"model": model_hash, "tokens": tokens}
         newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
         done = restore(newest[0], policy, optimizer, identity) if newest else 0
         for _ in range(done):  # once for each step, as below
             schedule.step()
         log = output / "metrics.jsonl"
-        if process == 0:
-            (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+        def begin() -> None:
+            path = output / "config.json"
+            before = json.loads(path.read_text()) if path.exists() else {} if log.exists() else fixed
+            told = changes(before, fixed | {"model": before.get("model")})  # which may have another name
+            if told:
+                raise InputError(
+                    f"{output}: of another run, or a model ({told}); choose another --output_dir"
+                )
+            path.write_text(json.dumps(asdict(config), indent=2) + "\n")
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             log.with_suffix(".partial").write_text("".join(lines[:done]))
             log.with_suffix(".partial").replace(log)
@@ -936,6 +952,8 @@ def train(
             print(f"train   {size:,} parameters; a checkpoint takes {disk}")
             print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
+
+        on_first_process(begin)
         signals = []  # held until the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))

@@ -322,7 +322,7 @@ def score_responses(
             "char_bleu": bleus[i],
             "reward": 100 * rewards[i],
         }
-        rows.append(row | numbers(responses[i]))
+        rows.append(numbers(responses[i]) | row)  # ours, where both have a name
     return rows
 
 
@@ -558,8 +558,12 @@ def model_card(run: Path, folder: str) -> str:
 def run_publish(args: argparse.Namespace) -> None:
     """a model card for a finished run; with --push_to_hub, the model on the hub"""
     final = Path(args.run_dir) / "final"
-    write_text(final / "README.md", model_card(Path(args.run_dir), args.push_to_hub or str(final)))
-    print(f"wrote {final / 'README.md'}")
+    path = final / "README.md"
+    if path.exists() and "tags: [clha" in path.read_text(encoding="utf-8"):  # else it is peft's
+        print(f"kept    {path}: already there")
+    else:
+        write_text(path, model_card(Path(args.run_dir), args.push_to_hub or str(final)))
+        print(f"wrote {path}")
     if args.push_to_hub:
         try:
             huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
@@ -594,12 +598,20 @@ def run_score(args: argparse.Namespace) -> None:
         if name in paths or not name.strip("."):
             raise InputError(f"--responses {path}: {args.out}/{name} is taken; rename the file")
         read_responses(path, records)  # what is wrong with a file is said before the work begins
+        if len(args.responses) == 1:
+            reward.check_output(Path(args.out) / name / "scores.json", "new")
         paths[name] = path
+    there = [name for name in paths if (Path(args.out) / name / "scores.json").exists()]  # of a stopped run
     rank, _, device = clha.init_process()
     reward_model = reward.load_reward_model(args.reward_model, device)
     summaries = {}
     for name, path in paths.items():
-        summaries[name] = score_file(path, records, reward_model, Path(args.out) / name)
+        folder = Path(args.out) / name
+        if name in there:
+            print(f"kept    {folder}: already there")
+            summaries[name] = read_summary(folder)
+        else:
+            summaries[name] = score_file(path, records, reward_model, folder)
     if rank == 0:
         print(table(summaries), end="")
 

@@ -237,16 +237,18 @@ def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> st
 
 
 def as_turns(prompt: Any) -> list[Turn]:
-    """A prompt, a text or messages, as turns."""
-    if isinstance(prompt, str):
+    """A prompt, a text, a dialogue in HH-RLHF's text or messages, as turns."""
+    if not isinstance(prompt, str):
+        return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    if not re.fullmatch(r"\s*Human:.*\n\nAssistant:\s*", prompt, re.DOTALL):
         return [{"role": "user", "content": prompt}]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    return split_dialogue(prompt)[:-1]  # the last turn is empty
 
 
 def last_answer(messages: Any, prompt: list[Turn]) -> str:
     """The response among messages, which may repeat the prompt, or as a text."""
     if isinstance(messages, str):
-        return messages
+        return messages.strip()
     turns = as_turns(messages)
     answer = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if len(answer) != 1 or answer[0]["role"] != "assistant":
@@ -307,10 +309,8 @@ def from_helpsteer(row: dict[str, Any]) -> Record:
 
 def from_nectar(row: dict[str, Any]) -> Record:
     """Nectar: answers ranked from 1, the best; the prompt is HH-RLHF's text."""
-    turns = split_dialogue(row["prompt"])
-    prompt = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     answers = sorted(row["answers"], key=itemgetter("rank"))
-    return {"prompt": prompt, "responses": [answer["answer"] for answer in answers]}
+    return {"prompt": as_turns(row["prompt"]), "responses": [answer["answer"] for answer in answers]}
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]]] = {
@@ -351,13 +351,16 @@ def recognize(columns: list[str], source: str) -> str:
 def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[Record], dict[str, list[int]]]:
     """The records of all rows, and the numbers of the rows that were left out, by reason."""
     records = []
+    ids = set()
     dropped: dict[str, list[int]] = {}
     for number, row in enumerate(tqdm(rows, desc=name, disable=None), 1):
         try:
             found = FORMATS[name][1](row)
             record = {key: value for key, value in found.items() if value is not None}
-            own_id = record.pop("id", None) or row.get("id") or row.get("prompt_id")
-            record = {"chosen": 0} | record | {"id": str(own_id or f"row {number}")}
+            own_ids = (record.pop("id", None), row.get("id"), row.get("prompt_id"), f"row {number}")
+            name_of = next(str(own) for own in own_ids if own not in (None, ""))
+            twice = name_of in ids  # a prompt with several pairs
+            record = {"chosen": 0} | record | {"id": f"{name_of} (row {number})" if twice else name_of}
             wrong = clha.check_record(record)
             if "rewards" in record and "chosen" not in found and not wrong:
                 record["chosen"] = record["rewards"].index(max(record["rewards"]))
@@ -373,6 +376,7 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
             dropped.setdefault(wrong, []).append(number)
         else:
             records.append(record)
+            ids.add(record["id"])
     return records, dropped
 
 
@@ -397,9 +401,9 @@ def read_responses(path: str, records: list[Record]) -> list[list[str]]:
     if len(found) < len(records):
         raise InputError('--data: each record needs an "id" of its own to be given responses from a file')
     for number, row in clha.read_jsonl(path):
-        place = row.get("id")
+        place = str(row.get("id"))
         response = row.get("response")
-        if not isinstance(place, str) or place not in found or not isinstance(response, str):
+        if place not in found or not isinstance(response, str):
             raise InputError(f'{path}, line {number}: needs a "response", and the "id" of a record')
         if row.get("finished", True):
             found[place].append(response)

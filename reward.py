@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -460,6 +461,8 @@ def reward_loss(rewards: Tensor, chosen: int, norm_penalty: float) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     """Trains a reward model from a language model, with Eq. 1 on the "chosen" labels of records."""
     check_output(args.out, "new")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("train: works in one process; start it without torchrun")
     torch.manual_seed(args.seed)  # of the head
     model = start_from(args.model, args.max_length, args.pack_tokens, args.template)
     records = read_records(args.data, need=["chosen"])
@@ -669,6 +672,7 @@ def score(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     raw = Path(args.out)
     if args.standardize:  # a scale that does not fit is refused before the work
+        check_output(args.standardize, "file")
         read_scale(Path(args.standardize), args.model)
         raw = Path(f"{args.out}.raw.partial")
     records = read_records(args.data)

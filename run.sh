@@ -114,14 +114,14 @@ tiny() {
         --data "$data/test.jsonl" --out "$out/responses"
     stage "$out/gold/clha.jsonl" "$PYTHON" -m study.toy gold --responses "$out"/responses/{base,sft,clha}.jsonl \
         --data "$data/test.jsonl" --out "$out/gold"
-    stage "$out/eval/clha" "$PYTHON" evaluate.py score --responses "$out"/gold/{base,sft,clha}.jsonl \
+    stage "$out/eval/clha/scores.json" "$PYTHON" evaluate.py score --responses "$out"/gold/{base,sft,clha}.jsonl \
         --data "$data/test.jsonl" --reward_model "$out/rm_eval" --out "$out/eval"
     # How the dev responses change over training
     stage "$out/steps/responses/base.jsonl" "$PYTHON" evaluate.py generate --model "$out"/clha/step-* "$base" \
         --data "$data/dev.jsonl" --out "$out/steps/responses"
     stage "$out/steps/gold/base.jsonl" "$PYTHON" -m study.toy gold \
         --responses "$out"/steps/responses/{step-*,base}.jsonl --data "$data/dev.jsonl" --out "$out/steps/gold"
-    stage "$out/steps/eval/base" "$PYTHON" evaluate.py score --responses "$out"/steps/gold/{step-*,base}.jsonl \
+    stage "$out/steps/eval/base/scores.json" "$PYTHON" evaluate.py score --responses "$out"/steps/gold/{step-*,base}.jsonl \
         --data "$data/dev.jsonl" --reward_model "$out/rm_eval" --out "$out/steps/eval"
     stage "$out/reward.png" "$PYTHON" evaluate.py table --total "$out"/steps/eval/* --plot "$out/reward.png"
     "$PYTHON" evaluate.py table --total "$out"/eval/{base,sft,clha} | tee "$out/table.md"
@@ -194,13 +194,13 @@ full() {
         generate "$path" "$out/dev.jsonl" "$out/dev/$(basename "$path").jsonl"
     done
     responses=("$out"/dev/*.jsonl)
-    stage "$out/dev/eval/$(basename "${responses[-1]}" .jsonl)" "${launch[@]}" evaluate.py score \
+    stage "$out/dev/eval/$(basename "${responses[-1]}" .jsonl)/scores.json" "${launch[@]}" evaluate.py score \
         --responses "${responses[@]}" --data "$out/dev.jsonl" --reward_model "$RM_TRAIN" --out "$out/dev/eval"
     best=$(basename "$("$PYTHON" evaluate.py best "$out"/dev/eval/*)")
     echo "== the best checkpoint by dev reward: $best"
     generate "$MODEL" "$data/test.jsonl" "$out/test/base.jsonl"
     generate "$out/train/$best" "$data/test.jsonl" "$out/test/clha.jsonl"
-    stage "$out/eval/clha" "${launch[@]}" evaluate.py score --responses "$out"/test/{base,clha}.jsonl \
+    stage "$out/eval/clha/scores.json" "${launch[@]}" evaluate.py score --responses "$out"/test/{base,clha}.jsonl \
         --data "$data/test.jsonl" --reward_model "$RM_EVAL" --out "$out/eval"
     "$PYTHON" evaluate.py table "$out"/eval/{base,clha} | tee "$out/table.md"
 }

@@ -28,8 +28,10 @@ What some need besides rewards is first added to the records by a stage:
 | --- | --- | --- |
 | labels | the human choice, without a reward model | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
-| hindsight | coh | two texts of the best and the worst; generate with --response_prefix "Good answer:" |
+| hindsight | coh | two texts of the best and the worst; see below how to generate |
 | reference | dpo, odpo, lipo | "reference_logps", by --model MODEL; torchrun shares the work |
+
+    python evaluate.py generate --response_prefix "Good answer:" --stop_strings "Bad answer:" ...    after coh
 """
 
 import argparse
@@ -365,7 +367,7 @@ def write_reference(args: argparse.Namespace) -> None:
     config = clha.Config(args.model, args.data, args.out, **limits, pack_tokens=args.pack_tokens)
     config = clha.settle(config, device)
     records = reward.read_records(args.data)
-    tokenizer = clha.load_tokenizer(args.model)
+    tokenizer = clha.load_tokenizer(args.model, args.template)
     policy, _ = clha.load_policy(config, device)
     encoded = (clha.encode(record, tokenizer, config) for record in records)
     longest = max(filter(None, encoded), key=itemgetter("longest"))
@@ -385,10 +387,11 @@ def write_reference(args: argparse.Namespace) -> None:
             queries = [examples[i] for i in indices] or [longest]
             rows = policy(clha.pack(queries, device)).tolist()
             for i, row in zip(indices, rows, strict=False):
-                found[i] = share[i] | {"reference_logps": row[: len(share[i]["responses"])]}
+                width = len(share[i]["responses"])
+                found[i] = share[i] | {"reference_logps": (row + [0.0] * width)[:width]}
         return found
 
-    settings = [reward.fingerprint(args.model), limits, config.dtype]
+    settings = [reward.fingerprint(args.model), limits, config.dtype, tokenizer.chat_template]
     reward.write_in_parts(Path(args.out), records, settings, work, 512 * processes, "reference")
 
 
@@ -427,6 +430,7 @@ def main(argv: list[str]) -> None:
         flag("--data", required=True, help="records, JSON lines")
         flag("--out", required=True, help="the records as the stage leaves them")
     flag("--model", required=True, help="reference model: a folder or a hub name")
+    flag("--template", default="auto", help="as in the training run")
     flag("--max_length", type=int, default=512, help="as in the training run")
     flag("--max_prompt_length", type=int, default=384, help="as in the training run")
     flag("--pack_tokens", type=int, default=0, help="of a forward pass; 0: by device")

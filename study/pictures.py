@@ -1,6 +1,6 @@
-"""The pictures that explain CLHA, drawn by calls to clha.py: mask of a pack, data flow, hinge, rewards.
+"""The pictures that explain CLHA, drawn by calls to clha.py: mask of a pack, hinge, rewards.
 
-    python -m study.pictures --out docs/pictures   mask.png, way.png, hinge.png, rewards.png; needs matplotlib
+    python -m study.pictures --out docs/pictures   mask.png, hinge.png, rewards.png; needs matplotlib
 
 They are gray, so that they can be printed. docs/walkthrough.ipynb draws them from its own record.
 """
@@ -15,35 +15,6 @@ import clha
 import reward
 from clha import Example
 from study import toy
-
-WAY = [  # the stations of a query, and the functions of clha.py between them
-    ("record", "a line of JSON:\nprompt, responses,\nrewards", "rank"),
-    ("tokens", "ids of the prompt,\nids of each response", "encode"),
-    ("pack", "queries in one row,\neach prompt once,\na mask", "pack"),
-    ("log-probs", "one sum per response,\n(B, l)", "Policy"),
-    ("loss", "pairs by margin,\nthe best imitated", "clha_loss"),
-    ("step", "mean over the batch,\nAdamW", "run_batch"),
-]
-
-
-def way() -> Any:
-    """The straight line on which a query goes through clha.py."""
-    pyplot = reward.import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 7), layout="constrained")
-    for i, (name, content, function) in enumerate(WAY):
-        place = (0, -i)
-        box = {"boxstyle": "round,pad=0.5", "facecolor": "0.92", "edgecolor": "black"}
-        axes.annotate(name, place, ha="center", va="center", fontsize=13, weight="bold", bbox=box)
-        axes.annotate(content, (0.35, -i), va="center", fontsize=10)
-        if i:
-            arrow = {"arrowstyle": "-|>", "color": "black"}
-            axes.annotate("", (0, 0.28 - i), (0, 0.72 - i), arrowprops=arrow)
-            axes.annotate(
-                f"{function}()", (-0.08, 0.5 - i), ha="right", va="center", fontsize=10, family="monospace"
-            )
-    axes.set(xlim=(-0.7, 1.1), ylim=(0.5 - len(WAY), 0.5))
-    axes.axis("off")
-    return figure
 
 
 def mask(examples: list[Example], tokenizer: clha.Tokenizer) -> Any:
@@ -104,7 +75,7 @@ def main() -> None:
         record = {"id": question, "prompt": prompt, "responses": responses}
         examples.append(clha.encode(record, tokenizer, clha.Config("", "", "")))
     config = clha.Config("", "", "")
-    figures = {"mask": mask(examples, tokenizer), "way": way(), "hinge": hinge(config.margin)}
+    figures = {"mask": mask(examples, tokenizer), "hinge": hinge(config.margin)}
     figures["rewards"] = reward.draw_rewards(records)
     for name, figure in figures.items():
         reward.save_picture(figure, str(args.out / f"{name}.png"))

@@ -18,7 +18,7 @@ import clha
 import evaluate
 import reward
 from clha import InputError, Record
-from study import measuring, run, toy
+from study import run, toy
 
 Seeds = dict[int, Record]  # the rows of one method by seed
 
@@ -28,6 +28,14 @@ ENDPOINTS = {  # of the protocol: the question, and the row that should be worse
     "the gate": "CLHA w/o gate",
     "the filter": "CLHA w/o filter",
     "the contrast": "gated SFT",
+}
+PAPERS, NEITHER = run.PAPERS, "CLHA w/o gate and filter"
+EXPLORATORY = {  # what is asked, and the row with it and the one without
+    f"the gate{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o gate{PAPERS}"),
+    f"the filter{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o filter{PAPERS}"),
+    f"gate and filter{PAPERS}": (f"CLHA{PAPERS}", NEITHER + PAPERS),
+    "the gate, without the contrast": ("CLHA w/o contrast", "CLHA w/o contrast and gate"),
+    "the gate, in tuned SFT": ("gated SFT", "SFT"),
 }
 LEVEL = 0.05  # of the endpoints' tests, together
 EQUAL = 0.1  # gold; an effect is called equal to zero if its 90 % interval lies within this
@@ -194,17 +202,22 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
         lines.append(f"- *{meanings[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    groups: dict[str, list[str]] = {"behind it": [], "ahead of it": [], "not told apart from it": []}
-    for label in run.GRIDS:
-        gain = difference(rows["CLHA"], rows.get(label, {}))
-        if label != "CLHA" and gain:
-            group = "not told apart from it"
-            if abs(gain.mean) > gain.half():
-                group = "behind it" if gain.mean > 0 else "ahead of it"
-            groups[group].append(label)
-    told = "; ".join(f"{group}: {', '.join(labels) or 'none'}" for group, labels in groups.items())
+    others = {label: difference(rows["CLHA"], rows.get(label, {})) for label in run.GRIDS if label != "CLHA"}
+    behind, ahead, level = sides(others)
+    told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by uncorrected intervals: {told}.")
     return "\n".join(lines) + "\n"
+
+
+def sides(gains: dict[str, Mean | None]) -> tuple[str, str, str]:
+    """The names whose 95 % interval lies above zero, below it, and on it; without those that have none."""
+    groups: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for name, gain in gains.items():
+        if gain:
+            side = 2 if abs(gain.mean) <= gain.half() else int(gain.mean < 0)
+            groups[side].append(name)
+    above, below, on = ("; ".join(names) or "none" for names in groups)
+    return above, below, on
 
 
 def method_table(rows: dict[str, Seeds]) -> str:
@@ -227,19 +240,15 @@ def method_table(rows: dict[str, Seeds]) -> str:
     return evaluate.markdown(lines)
 
 
-def paper_table(rows: dict[str, Seeds]) -> str:
-    """What gate and filter add at the paper's alpha."""
-    lines = [["exploratory", "gold", "seeds"]]
-    without = {"the gate": "gate", "the filter": "filter", "both": "gate and filter"}
-    for name, parts in without.items():
-        ablated = rows.get(f"CLHA w/o {parts}{run.PAPERS}", {})
-        gain = difference(rows.get("CLHA" + run.PAPERS, {}), ablated)
-        if gain:
-            lines.append([name + run.PAPERS, cell(gain, "+.2f"), str(gain.seeds)])
-    gain = difference(rows.get("gated SFT", {}), rows.get("SFT", {}))
-    if gain:
-        lines.append(["gated SFT - SFT, both tuned", cell(gain, "+.2f"), str(gain.seeds)])
-    return evaluate.markdown(lines) if len(lines) > 1 else "Not run yet.\n"
+def exploratory(rows: dict[str, Seeds]) -> dict[str, Mean | None]:
+    """What parts of the method add, elsewhere than in the endpoints and in CLHA minus a row."""
+    return {name: difference(*(rows.get(label, {}) for label in two)) for name, two in EXPLORATORY.items()}
+
+
+def exploratory_table(rows: dict[str, Seeds]) -> str:
+    """The same as a table."""
+    lines = [[name, cell(gain, "+.2f"), str(gain.seeds)] for name, gain in exploratory(rows).items() if gain]
+    return evaluate.markdown([["exploratory", "gold", "seeds"], *lines])
 
 
 def subset_table(rows: dict[str, Seeds], name: str) -> str:
@@ -286,17 +295,35 @@ def worlds_of(rows: list[Record]) -> dict[str, dict[str, Seeds]]:
     return {world: worlds[world] for world in run.WORLDS if world in worlds}
 
 
-NEITHER = "CLHA w/o gate and filter"
 GAINS = {"gate": "CLHA w/o filter", "filter": "CLHA w/o gate", "both": "CLHA"}  # what has it, and not more
+
+
+def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
+    """Where gate, filter and both raise or lower gold."""
+    lines = []
+    for name, label in GAINS.items():
+        gains = {
+            world: difference(rows.get(label, {}), rows.get(NEITHER, {})) for world, rows in worlds.items()
+        }
+        above, below, on = sides(gains)
+        lines.append(
+            f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}. Not told in: {on}."
+        )
+    return "\n".join(lines) + "\n"
 
 
 def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
     """What rescoring adds in each world."""
-    lines = [["world", "SFT", "neither", *(f"{name} - neither" for name in GAINS), "seeds"]]
+    lines = [["world", "SFT", "neither", *(f"{name} - neither" for name in GAINS), "CLHA - SFT", "seeds"]]
     for world, rows in worlds.items():
-        neither = rows.get(NEITHER, {})
-        cells = [cell(score(rows.get("SFT", {}), "gold")), cell(score(neither, "gold"))]
-        cells += [cell(difference(rows.get(label, {}), neither), "+.2f") for label in GAINS.values()]
+        neither, sft = rows.get(NEITHER, {}), rows.get("SFT", {})
+        gains = [difference(rows.get(label, {}), neither) for label in GAINS.values()]
+        gains.append(difference(rows.get("CLHA", {}), sft))
+        cells = [
+            cell(score(sft, "gold")),
+            cell(score(neither, "gold")),
+            *(cell(gain, "+.2f") for gain in gains),
+        ]
         lines.append([world, *cells, str(len(neither))])
     return evaluate.markdown(lines)
 
@@ -359,15 +386,11 @@ def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
     """A forest plot: the endpoints, then CLHA minus every other row, with 95 % intervals."""
     pyplot = reward.import_pyplot()
     others = [label for label in rows if label not in ("CLHA", "base", *ENDPOINTS.values())]
-    baseline = {label: "CLHA" for label in others}
-    if "CLHA" + run.PAPERS in rows:
-        baseline |= {label: "CLHA" + run.PAPERS for label in others if label.endswith(run.PAPERS)}
-        baseline["CLHA" + run.PAPERS] = "CLHA"
+    gains = {
+        f"CLHA - {label}": difference(rows["CLHA"], rows[label]) for label in others if PAPERS not in label
+    }
     items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
-    for label, base in baseline.items():
-        gain = difference(rows[base], rows[label])
-        if gain:
-            items.append((f"{base.removesuffix(run.PAPERS)} - {label}", gain, "o"))
+    items += [(name, gain, "o") for name, gain in (gains | exploratory(rows)).items() if gain]
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(items)), layout="constrained")
     axes.axvspan(-EQUAL, EQUAL, color="0.9")
     axes.axvline(0, color="black", linewidth=0.8)
@@ -411,8 +434,8 @@ def write(folder: Path, page: Path) -> None:
         worlds = {run.MAIN: rows} | worlds
         plot_worlds(worlds, folder / "worlds.png")
         picture_of = (folder / "worlds.png").relative_to(page.parent)
-        told = f"![What gate, filter and both add in each world]({picture_of})\n\n{worlds_table(worlds)}"
-    measured = run.read_rows(measuring.ROWS)
+        shown_in = f"![What gate, filter and both add in each world]({picture_of})"
+        told = f"{worlds_answer(worlds)}\n{shown_in}\n\n{worlds_table(worlds)}"
     text = TEMPLATE.read_text().format(
         seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}" + asked,
         picture=picture.relative_to(page.parent),
@@ -421,7 +444,7 @@ def write(folder: Path, page: Path) -> None:
         level=LEVEL,
         answer=answer(found, rows),
         endpoints=endpoint_table(found, rows),
-        paper=paper_table(rows),
+        exploratory=exploratory_table(rows),
         missing=", ".join(unfinished) or "none",
         methods=method_table(rows),
         gold=subset_table(rows, "gold"),
@@ -433,7 +456,6 @@ def write(folder: Path, page: Path) -> None:
         tuning=tuning_table(tuning),
         edges=edges(tuning),
         worlds=told,
-        measuring=measuring.table(measured),
     )
     page.write_text(text)
 

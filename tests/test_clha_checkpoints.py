@@ -434,6 +434,25 @@ def test_another_run_is_refused_by_what_differs(
     assert log(out)[:3] == log(whole)[:3]
 
 
+def test_a_folder_of_something_else_is_no_output(
+    run_in: Callable[..., clha.Config], world: Path, tmp_path: Path
+) -> None:
+    told = "choose another --output_dir"
+    shutil.copytree(world / "init", tmp_path / "model")
+    fails(run_in(tmp_path / "model"), clha.InputError, f"model: of another run, or a model .*{told}")
+    assert (tmp_path / "model/config.json").read_bytes() == (world / "init/config.json").read_bytes()
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/metrics.jsonl").write_text("mine")
+    fails(run_in(tmp_path / "log"), clha.InputError, f"log: of another run, or a model .*{told}")
+    assert (tmp_path / "log/metrics.jsonl").read_text() == "mine"
+    # A run that was killed before its first checkpoint may have saved models, which are not another run's.
+    out = tmp_path / "run"
+    clha.train(run_in(out, save_every=2, max_steps=4))
+    shutil.rmtree(out / "final")
+    fails(run_in(out, save_every=2, max_steps=4, seed=3), clha.InputError, r"\(seed 42 -> 3\); " + told)
+    clha.train(run_in(out, save_every=2, max_steps=4))
+
+
 def other_weights(model: Path) -> None:
     """Adds a little to one weight of a model folder."""
     network = AutoModelForCausalLM.from_pretrained(model)

@@ -687,6 +687,12 @@ def test_files_are_scored_against_the_chosen_responses(
     assert [row["gold"] for row in rows["step-20"]] == list(range(11)) and "gold" not in rows["base"][0]
     both = {name: evaluate.read_summary(out / name) for name in rows}
     assert printed == evaluate.table(both) == program("table", out / "base", out / "step-20")
+    (out / "base" / "scores.json").unlink()  # as a run that was stopped leaves it
+    again = program(*command, "--out", out)
+    assert again == f"kept    {out / 'step-20'}: already there\n{printed}"
+    alone = ["score", "--responses", responses[0], *command[command.index("--data") :], "--out", out]
+    with pytest.raises(clha.InputError, match=r"scores.json: already exists"):
+        program(*alone)
 
 
 def test_score_goes_on_where_it_was_stopped(

@@ -129,6 +129,9 @@ def test_a_model_card_says_what_was_trained_on_what(
     assert f"| loss | {json.loads(last)['loss']:.4g} |" in card and "| lora_rank | 2 |" in card
     assert "4 steps of" in card and "queries of scored.jsonl" in card and "the text of HH-RLHF" in card
     assert str(tmp_path.parent) not in card.replace(str(tmp_path / "run/final"), "")
+    (tmp_path / "run/final/README.md").write_text(card + "Mine.")
+    evaluate.main()
+    assert (tmp_path / "run/final/README.md").read_text() == card + "Mine."
     shutil.rmtree(tmp_path / "run/final")
     with pytest.raises(InputError, match="not a finished run"):
         evaluate.main()

@@ -424,6 +424,7 @@ FORMATS = {  # a row, and its record
         {"context": "Tea?", "response1": "Yes", "response2": "No", "overall_preference": -1},
         ONE,
     ),
+    "HH-RLHF's text, explicit": ({"prompt": HH, "chosen": " Yes", "rejected": " No"}, PAIR),
     "Nectar": (
         {
             "prompt": HH,
@@ -457,14 +458,16 @@ def test_each_format_becomes_records(
         text = json.dumps([row, row]) if kind == "json" else f"{json.dumps(row)}\n\n{json.dumps(row)}\n"
         source.write_text(text)
     found = convert(monkeypatch, source, tmp_path / "train.jsonl")
-    own = record.get("id")
-    assert found == [record | {"id": own or f"row {number}"} for number in (1, 2)]
+    names = [record["id"], f"{record['id']} (row 2)"] if "id" in record else ["row 1", "row 2"]
+    assert found == [record | {"id": name} for name in names]  # rows of one id get one of their own
 
 
 def test_csv_and_folders_and_integer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.csv").write_text('id,prompt,chosen,rejected\n7,Tea?,Yes,"No, \nthanks"\n')
     [record] = convert(monkeypatch, tmp_path / "data.csv", tmp_path / "a.jsonl")
     assert record == ONE | {"responses": ["Yes", "No, \nthanks"], "id": "7"}
+    (tmp_path / "zero.csv").write_text("id,prompt,chosen,rejected\n0,Tea?,Yes,No\n")
+    assert convert(monkeypatch, tmp_path / "zero.csv", tmp_path / "b.jsonl") == [ONE | {"id": "0"}]
     (tmp_path / "folder").mkdir()
     row, expected = FORMATS["messages, implicit"]
     for name in ("train", "test"):

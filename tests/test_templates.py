@@ -132,10 +132,16 @@ def test_a_template_that_rewrites_the_prompt_is_refused_and_can_be_given_its_arg
     thinks = clha.load_tokenizer(model, "think=true")
     with pytest.raises(InputError, match=r"^response 0: dialogue does not begin .*--template"):
         clha.encode(record, thinks, WIDE)
+    thinks.save_pretrained(model)  # as a run leaves it; what is said now counts
     not_now = clha.load_tokenizer(model, "think=false")
+    assert not_now.chat_template.count("set think") == 1
     plain = clha.load_tokenizer(str(chats["chatml"]))
     assert clha.encode(record, not_now, WIDE) == clha.encode(record, plain, WIDE)
     assert clha.load_tokenizer(model, "hh").chat_template is None
+    thinking.chat_template = {"default": CHATML, "tool_use": MISTRAL}
+    thinking.save_pretrained(model)
+    named = clha.load_tokenizer(model)
+    assert clha.encode(record, named, WIDE) == clha.encode(record, plain, WIDE)
 
 
 def train(model: Path, data: Path, out: Path, **more: Any) -> None:

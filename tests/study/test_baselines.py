@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -695,11 +696,33 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def add_reference(model: Path, data: Path, out: Path) -> list[list[float]]:
+def add_reference(model: Path, data: Path, out: Path, *more: str) -> list[list[float]]:
     """Runs the stage `reference`; the numbers it added."""
-    words = ["--model", str(model), "--data", str(data), "--out", str(out), "--pack_tokens", "512"]
+    words = ["--model", str(model), "--data", str(data), "--out", str(out), "--pack_tokens", "512", *more]
     baselines.main(["reference", *words])
     return [record["reference_logps"] for record in clha.iter_records(out)]
+
+
+def test_the_reference_is_read_in_the_template_of_the_training(
+    world: Path, scored: Path, tmp_path: Path
+) -> None:
+    chat = tmp_path / "chat"
+    shutil.copytree(world / "init", chat)
+    tokenizer = clha.load_tokenizer(str(chat))
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.content }}{% if turn.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(chat)
+    plain = add_reference(world / "init", scored, tmp_path / "plain.jsonl")
+    assert add_reference(chat, scored, tmp_path / "chat.jsonl") != plain
+    assert add_reference(chat, scored, tmp_path / "hh.jsonl", "--template", "hh") == plain
+    # A chat that does not fit is left out of the training; until then it has as many numbers as responses.
+    long = {"prompt": [{"role": "user", "content": "tea " * 999}], "responses": ["a", "b", "c"]}
+    records = [*clha.iter_records(scored), long | {"rewards": [2.0, 1.0, 0.0]}]
+    reward.write_jsonl(tmp_path / "long.jsonl", records)
+    found = add_reference(chat, tmp_path / "long.jsonl", tmp_path / "out.jsonl", "--pack_tokens", "64")
+    assert len(found[-1]) == 3
 
 
 @pytest.fixture(scope="module")

@@ -125,14 +125,14 @@ def test_the_page_follows_from_the_rows(tmp_path: Path) -> None:
         "the contrast": "holds",
     }
     assert "- *CLHA has a higher gold than PRO, both tuned*: **holds** (+0.50 ± 0.00 gold" in text
-    assert "behind it: PRO, gated SFT; ahead of it: DPO; not told apart from it: none." in text
+    assert "behind it: PRO; gated SFT. Ahead of it: DPO. Not told apart from it: none." in text
     # Rewards are fifty plus ten times the gold; PRO took four times the seconds and five times the tokens.
     assert (
         "| PRO | 2.50 ± 1.96 | 75.00 ± 19.63 | 9.00 ± 0.00 | 7.00 ± 0.00 | +0.50 ± 0.00 | 5.0 | 4.0 | 5 |"
         in text
     )
     assert (
-        "| the gate, alpha 0.05 | +0.75 ± 0.00 | 5 |" in text and "| both" not in text
+        "| the gate, alpha 0.05 | +0.75 ± 0.00 | 5 |" in text and "| gate and filter," not in text
     )  # at the paper's alpha
     assert "| PRO | **alpha=0.01 learning_rate=0.0005** | 0.00 |" in text
 
@@ -146,7 +146,7 @@ def test_other_rows_give_another_page(tmp_path: Path) -> None:
     text = page(tmp_path, turned, first_seed=7)
     assert "On 5 seeds, 7 to 11 (not the 20 of the protocol), whose" in text
     assert verdicts(text)["CLHA - PRO"] == verdicts(text)["the contrast"] == "fails"
-    assert "behind it: DPO; ahead of it: PRO, gated SFT; not told apart from it: none." in text
+    assert "behind it: DPO. Ahead of it: PRO; gated SFT. Not told apart from it: none." in text
     before = set(page(tmp_path / "straight", GOLDS).splitlines())
     prose = [line for line in text.splitlines() if line not in before and "|" not in line]
     assert all(line.startswith(("- ", "On 5 seeds", "![")) for line in prose if line)
@@ -162,7 +162,10 @@ def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
     report.write(tmp_path, tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     # neither, the gate, the filter and both over neither
-    assert "| even errors |  | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 | 3 |" in text
+    assert "| even errors |  | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 |  | 3 |" in text
+    told = "*both*: **raises** gold in: none. **Lowers** it in: even errors. Not told in: none."
+    assert told in text
+    assert "*gate*: **raises** gold in: even errors. **Lowers** it in: none. Not told in: none." in text
     assert (tmp_path / "worlds.png").read_bytes()[:4] == b"\x89PNG"
 
 
