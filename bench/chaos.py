@@ -57,6 +57,9 @@ def make_data(folder: Path) -> None:
 class Trial:
     """A run of clha.py: `start` starts it, or resumes it."""
 
+    processes = 2
+    deterministic = False
+
     def __init__(self, home: Path, name: str, steps: int, model: str = "dropout", replicate: int = 1) -> None:
         data = home / "data"
         self.out = home / name
@@ -77,11 +80,13 @@ class Trial:
             "checkpoint_every": 10,
             "eval_every": 15,
             "replicate": replicate,
+            "deterministic": self.deterministic,
         }
         self.flags = [f"--{flag}={value}" for flag, value in settings.items()]
 
-    def start(self, processes: int = 2, restarts: int = 0, port: int = 0) -> None:
+    def start(self, processes: int = 0, restarts: int = 0, port: int = 0) -> None:
         """Starts a torchrun with so many processes, or with a port two torchruns of a process each."""
+        processes = processes or self.processes
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         torchruns = 1
         where = ["--standalone", f"--nproc_per_node={processes}"]
@@ -157,6 +162,7 @@ class Trial:
             "resumes from a checkpoint": len(resumes),
             "every step logged once": self.logged() == list(range(self.steps + 1)),
             "weights identical": self.weights.read_bytes() == reference.weights.read_bytes(),
+            "weights apart": distance(load_file(self.weights), load_file(reference.weights)),
         }
 
 
@@ -166,7 +172,7 @@ def newer(path: Path, moment: float) -> bool:
 
 
 def undisturbed(args: Namespace, steps: int) -> Trial:
-    """A run on 2 processes that nothing stops; it is kept, and used again."""
+    """A run that nothing stops; it is kept, and used again."""
     trial = Trial(args.out, f"undisturbed-{steps}", steps)
     if not trial.weights.exists():
         shutil.rmtree(trial.out, ignore_errors=True)
@@ -303,9 +309,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
     parser.add_argument("--steps", type=int, default=1500, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=2, help="of `kills`; 1 on a machine with one GPU")
+    parser.add_argument("--deterministic", action="store_true", help="for the same bits on a GPU")
     parser.add_argument("--out", type=Path, default=Path("out/chaos"), help="folder for the runs")
     args = parser.parse_args()
-    reward.check_numbers(args, positive=("kills", "steps"))
+    reward.check_numbers(args, positive=("kills", "steps", "processes"))
+    Trial.processes, Trial.deterministic = args.processes, args.deterministic
     reward.check_output(args.out, "folder")
     args.out = args.out.resolve()
     torch.set_num_threads(1)

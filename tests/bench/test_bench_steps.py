@@ -67,8 +67,8 @@ def test_a_pack_is_filled_and_not_overfilled() -> None:
 def test_a_run_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    flags = "--stages ways profile sweep --model 2M --device cpu --queries 1 --rounds 1 --pack_tokens 640"
-    flags += f" --checkpointing none --out {tmp_path}/gpu.jsonl"
+    flags = "--stages ways profile sweep scoring generation --model 2M --device cpu --queries 1 --rounds 1"
+    flags += f" --pack_tokens 640 --checkpointing none --out {tmp_path}/gpu.jsonl"
     monkeypatch.setitem(gpu.CARDS, "cpu", (0, 0.5e12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu", *flags.split()])
@@ -88,6 +88,7 @@ def test_a_run_without_a_gpu(
         assert row["mfu"] == pytest.approx(row["flops_per_s"] / 0.5e12)
         assert row["over_ours"] == pytest.approx(row["seconds"][0] / ours["seconds"][0])
     assert f"| 2M | padded | full | 1024 | done | 2068640 | {padded['queries_per_s']:,.4g} |" in printed
+    assert results["scoring"][0]["responses_per_s"] > 0 and results["generation"][0]["prompts_per_s"] > 0
     [full] = results["sweep"]
     assert (full["checkpointing"], full["pack_tokens"], full["result"]) == ("none", 640, "done")
     rate = json.loads((tmp_path / "gpu.jsonl").read_text())
