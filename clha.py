@@ -37,7 +37,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, replace
@@ -92,9 +92,9 @@ class Config:
     gate: bool = option(True, "lambda of Eq. 7: only a best response with a reward above 0 is imitated")
     alpha: float | None = option(None, "Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
     # Tokens
-    template: str = option("auto", "auto: the model's; NAME=VALUE: set in that; hh: HH-RLHF's; or a file")
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
     max_prompt_length: int = option(384, "tokens of a prompt; its beginning is cut, or a chat's oldest turns")
+    template: str = option("auto", "auto: the model's; NAME=VALUE: set in that; hh: HH-RLHF's; or a file")
     # Optimization
     lora_rank: int = option(
         0, "train only adapters of this rank (LoRA, on all linear layers); 0: all weights"
@@ -1212,8 +1212,22 @@ def run(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+# The first flag of each group of --help
+HEADINGS = {"--margin": "method", "--max-length": "tokens", "--lora-rank": "optimization"}
+HEADINGS |= {"--pack-tokens": "speed and memory", "--eval-every": "watching and safety"}
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows a description as it is written, and the default of each flag."""
+    """Shows a description as it is written, HEADINGS, and the default of each flag that has one."""
+
+    def add_argument(self, action: Action) -> None:
+        heading = HEADINGS.get("".join(action.option_strings[-1:]))
+        if heading:
+            self._add_item(str, [f"\n{heading}:\n"])
+        super().add_argument(action)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.required else super()._get_help_string(action)
 
 
 def main() -> None:
