@@ -209,12 +209,9 @@ def scoring(device: torch.device, hidden: int, layers: int, rounds: int) -> Row:
 def generation(device: torch.device, name: str, number: int, rounds: int) -> Row:
     """Prompts per second that a random LLaMA answers greedily with 128 tokens, as none is an end to it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with device:
-        model = AutoModelForCausalLM.from_config(train_step.llama(name), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(train_step.llama(name), dtype=dtype).to(device).eval()
     tokenizer = toy.train_tokenizer([" the" * 9])
-    prompts = []
-    for length, *_ in train_step.HH_LENGTHS:
-        prompts.append([{"role": "user", "content": " ".join(["the"] * length)}])
+    prompts = [[{"role": "user", "content": "the " * length}] for length, *_ in train_step.HH_LENGTHS]
     rates = []
     for _ in range(rounds + 1):  # the first compiles
         start = clock(device)
@@ -317,8 +314,8 @@ def main() -> None:
         results["scoring"] = [apart(device, scoring, device, *shape, args.rounds) for shape in shapes]
         show(results["scoring"], peak)
     if "generation" in args.stages:
-        number = min(64, args.queries)
-        results["generation"] = [apart(device, generation, device, args.model, number, args.rounds)]
+        settings = (args.model, min(64, args.queries), args.rounds)
+        results["generation"] = [apart(device, generation, device, *settings)]
         show(results["generation"], peak)
     print(json.dumps(results | machine))
 
