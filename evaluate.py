@@ -559,11 +559,10 @@ def run_publish(args: argparse.Namespace) -> None:
     """a model card for a finished run; with --push_to_hub, the model on the hub"""
     final = Path(args.run_dir) / "final"
     path = final / "README.md"
-    if path.exists() and "tags: [clha" in path.read_text(encoding="utf-8"):  # else it is peft's
-        print(f"kept    {path}: already there")
-    else:
-        write_text(path, model_card(Path(args.run_dir), args.push_to_hub or str(final)))
-        print(f"wrote {path}")
+    card = model_card(Path(args.run_dir), args.push_to_hub or str(final))
+    if not path.exists() or "tags: [clha" not in path.read_text(encoding="utf-8"):  # but peft's
+        write_text(path, card)
+    print(f"the card is {path}")
     if args.push_to_hub:
         try:
             huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)

@@ -57,8 +57,7 @@ def make_data(folder: Path) -> None:
 class Trial:
     """A run of clha.py: `start` starts it, or resumes it."""
 
-    processes = 2
-    deterministic = False
+    processes, deterministic = 2, False  # of all trials
 
     def __init__(self, home: Path, name: str, steps: int, model: str = "dropout", replicate: int = 1) -> None:
         data = home / "data"

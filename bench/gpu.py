@@ -193,9 +193,10 @@ def ways(trial: Trial) -> list[Row]:
 def scoring(device: torch.device, hidden: int, layers: int, rounds: int) -> Row:
     """Responses per second of a random reward model; its memory is that of a model that does not train."""
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-    model = reward.OpenAssistantRewardModel(GPTNeoXConfig(num_attention_heads=16, **sizes))
+    with device:
+        model = reward.OpenAssistantRewardModel(GPTNeoXConfig(num_attention_heads=16, **sizes))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    judge = reward.RewardModel(model.to(device, dtype), None, list, max_length=1024)
+    judge = reward.RewardModel(model.to(dtype), None, list, max_length=1024)
     rates = []
     for seed in range(-1, rounds):
         queries = train_step.queries(512 if device.type == "cuda" else 2, seed)
@@ -209,7 +210,8 @@ def scoring(device: torch.device, hidden: int, layers: int, rounds: int) -> Row:
 def generation(device: torch.device, name: str, number: int, rounds: int) -> Row:
     """Prompts per second that a random LLaMA answers greedily with 128 tokens, as none is an end to it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(train_step.llama(name), dtype=dtype).to(device).eval()
+    with device:
+        model = AutoModelForCausalLM.from_config(train_step.llama(name), dtype=dtype).eval()
     tokenizer = toy.train_tokenizer([" the" * 9])
     prompts = [[{"role": "user", "content": "the " * length}] for length, *_ in train_step.HH_LENGTHS]
     rates = []
