@@ -305,10 +305,8 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
         gains = {
             world: difference(rows.get(label, {}), rows.get(NEITHER, {})) for world, rows in worlds.items()
         }
-        above, below, on = sides(gains)
-        lines.append(
-            f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}. Not told in: {on}."
-        )
+        above, below, _ = sides(gains)
+        lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
     return "\n".join(lines) + "\n"
 
 
@@ -344,7 +342,7 @@ def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
         axes.plot([], [], linestyle="", label=name, **{key: style[key] for key in [*style][:3]})
     axes.set_yticks(range(len(worlds)), [*worlds])
     axes.invert_yaxis()
-    axes.set_xlabel("gold reward, minus that of neither gate nor filter; 95 % interval over seeds")
+    axes.set_xlabel("gold, minus that of neither; 95 % intervals over seeds")
     axes.legend(frameon=False)
     reward.save_picture(figure, str(path))
 

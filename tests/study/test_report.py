@@ -163,9 +163,8 @@ def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
     text = (tmp_path / "RESULTS.md").read_text()
     # neither, the gate, the filter and both over neither
     assert "| even errors |  | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 |  | 3 |" in text
-    told = "*both*: **raises** gold in: none. **Lowers** it in: even errors. Not told in: none."
-    assert told in text
-    assert "*gate*: **raises** gold in: even errors. **Lowers** it in: none. Not told in: none." in text
+    assert "*both*: **raises** gold in: none. **Lowers** it in: even errors.\n" in text
+    assert "*gate*: **raises** gold in: even errors. **Lowers** it in: none.\n" in text
     assert (tmp_path / "worlds.png").read_bytes()[:4] == b"\x89PNG"
 
 
