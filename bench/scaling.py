@@ -61,8 +61,8 @@ class Published(NamedTuple):
     def predicted(self) -> tuple[float, float]:
         """The rate on more cards, by that on fewer: nothing hidden, and all."""
         seconds = 16_384 / self.fewer_rate
-        layouts = (self.fewer, self.more)
-        before, after = (communication(self.parameters, self.parameters, cards) for cards in layouts)
+        before = communication(self.parameters, self.parameters, self.fewer)
+        after = communication(self.parameters, self.parameters, self.more)
         return 16_384 / (seconds - before + after), 16_384 / max(seconds, after)
 
 
@@ -114,8 +114,8 @@ def table(config: clha.Config, flops_per_s: float, adapter: float) -> str:
         even = sending * tokens_per_s * layout.cards / statistics.mean(sizes)
         names = [f"{layout.cards}", "FSDP" if layout.replicate == 1 else "HSDP", f"{run.limit:,}"]
         numbers = [f"{computing:.2f}", f"{sending:.2f}", f"{low:.3f} to {high:.3f}"]
-        numbers += [f"{low * layout.cards:,.1f} to {high * layout.cards:,.1f}", f"{even:,.0f}"]
-        lines.append(names + numbers)
+        cost = f"{low * layout.cards:,.1f} to {high * layout.cards:,.1f}"
+        lines.append([*names, *numbers, cost, f"{even:,.0f}"])
     return evaluate.markdown(lines)
 
 

@@ -307,6 +307,10 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
         }
         above, below, _ = sides(gains)
         lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
+    lead = difference(*(worlds.get("even errors", {}).get(label, {}) for label in ("CLHA", "SFT")))
+    if lead:
+        found = "as expected" if abs(lead.mean) <= lead.half() else "against what was expected"
+        lines.append(f"- *the control, even errors*: CLHA - SFT is {cell(lead, '+.2f')}, **{found}**.")
     return "\n".join(lines) + "\n"
 
 
@@ -420,8 +424,7 @@ def write(folder: Path, page: Path) -> None:
     """Writes the page, and its picture into `folder`. Raises InputError without the endpoints' rows."""
     tuning, rows = read(folder)
     found = endpoints(rows)
-    picture = folder / "endpoints.png"
-    plot(found, rows, picture)
+    plot(found, rows, folder / "endpoints.png")
     seeds = [*rows["CLHA"]]
     planned = [*run.GRIDS, *run.ABLATIONS, "CLHA as released"]
     unfinished = [label for label in planned if len(rows.get(label, {})) < len(seeds)]
@@ -432,11 +435,10 @@ def write(folder: Path, page: Path) -> None:
         worlds = {run.MAIN: rows} | worlds
         plot_worlds(worlds, folder / "worlds.png")
         picture_of = (folder / "worlds.png").relative_to(page.parent)
-        shown_in = f"![What gate, filter and both add in each world]({picture_of})"
-        told = f"{worlds_answer(worlds)}\n{shown_in}\n\n{worlds_table(worlds)}"
+        told = f"{worlds_answer(worlds)}\n![The same, drawn]({picture_of})\n\n{worlds_table(worlds)}"
     text = TEMPLATE.read_text().format(
         seeds=f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}" + asked,
-        picture=picture.relative_to(page.parent),
+        picture=(folder / "endpoints.png").relative_to(page.parent),
         equal=EQUAL,
         alpha=run.compared(tuning)["CLHA"]["alpha"],
         level=LEVEL,

@@ -153,7 +153,7 @@ def test_other_rows_give_another_page(tmp_path: Path) -> None:
 
 
 def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
-    gains = {"CLHA w/o gate and filter": 0.0, "CLHA w/o filter": 0.5, "CLHA": -0.25}  # no "CLHA w/o gate" yet
+    gains = {"CLHA w/o gate and filter": 0.0, "CLHA w/o filter": 0.5, "CLHA": -0.25, "SFT": -0.75}
     rows = []
     for seed, (method, gain) in itertools.product(range(3), gains.items()):
         rows.append({"world": "even errors", "seed": seed, "method": method, "gold": seed + gain})
@@ -162,7 +162,9 @@ def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
     report.write(tmp_path, tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     # neither, the gate, the filter and both over neither
-    assert "| even errors |  | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 |  | 3 |" in text
+    row = "| even errors | 0.25 ± 2.48 | 1.00 ± 2.48 | +0.50 ± 0.00 |  | -0.25 ± 0.00 | +0.50 ± 0.00 | 3 |"
+    assert row in text  # without the filter: "CLHA w/o gate" has not run
+    assert "CLHA - SFT is +0.50 ± 0.00, **against what was expected**" in text
     assert "*both*: **raises** gold in: none. **Lowers** it in: even errors.\n" in text
     assert "*gate*: **raises** gold in: even errors. **Lowers** it in: none.\n" in text
     assert (tmp_path / "worlds.png").read_bytes()[:4] == b"\x89PNG"
