@@ -302,11 +302,10 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
     """Where gate, filter and both raise or lower gold."""
     lines = []
     for name, label in GAINS.items():
-        gains = {
-            world: difference(rows.get(label, {}), rows.get(NEITHER, {})) for world, rows in worlds.items()
-        }
-        above, below, _ = sides(gains)
-        lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
+        gains = {}
+        for world, rows in worlds.items():
+            gains[world] = difference(rows.get(label, {}), rows.get(NEITHER, {}))
+        lines.append("- *{}*: **raises** gold in: {}. **Lowers** it in: {}.".format(name, *sides(gains)))
     lead = difference(*(worlds.get("even errors", {}).get(label, {}) for label in ("CLHA", "SFT")))
     if lead:
         found = "as expected" if abs(lead.mean) <= lead.half() else "against what was expected"
@@ -318,7 +317,8 @@ def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
     """What rescoring adds in each world."""
     lines = [["world", "SFT", "neither", *(f"{name} - neither" for name in GAINS), "CLHA - SFT", "seeds"]]
     for world, rows in worlds.items():
-        neither, sft = rows.get(NEITHER, {}), rows.get("SFT", {})
+        neither = rows.get(NEITHER, {})
+        sft = {seed: row for seed, row in rows.get("SFT", {}).items() if seed in neither}
         gains = [difference(rows.get(label, {}), neither) for label in GAINS.values()]
         gains.append(difference(rows.get("CLHA", {}), sft))
         cells = [

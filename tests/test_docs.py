@@ -88,8 +88,11 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     assert verdicts and all(f"**{verdict.lower()}**" in report for verdict in verdicts)
     exploratory = re.findall(r"(the gate|the filter) (adds|costs) (\d\.\d\d ± \d\.\d\d)", words)
     assert len(exploratory) == 2
-    [lead] = re.findall(r"CLHA - SFT is \S+ ± [\d.]+\d", words)
-    assert lead in report and "- *gate*: **raises** gold in: none." in report
+    assert "- *gate*: **raises** gold in: none. **Lowers** it in: none." in report
+    [(gains, losses)] = re.findall(
+        r"- \*filter\*: \*\*raises\*\* gold in: (.*?)\. \*\*Lowers\*\* it in: (.*)\.", report
+    )
+    assert (len(gains.split("; ")), len(losses.split("; "))) == (2, 1)
     for name, verb, number in exploratory:
         assert f"| {name}, alpha 0.05 | {'+' if verb == 'adds' else '-'}{number} | 20 |" in report
 
