@@ -176,8 +176,7 @@ def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
 
 def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     """The endpoints, their tests, and intervals that know that prompts share tasks."""
-    header = ["endpoint", "gold", "90 % interval", "p", "p, corrected", "with tasks drawn again", "verdict"]
-    lines = [header]
+    lines = [["endpoint", "gold", "90 % interval", "p", "p, corrected", "with tasks drawn again", "verdict"]]
     for endpoint in found:
         low, high = over_tasks(rows["CLHA"], rows[ENDPOINTS[endpoint.name]])
         gain = endpoint.gain

@@ -396,6 +396,7 @@ def perform_all(tasks: list[Task], path: Path, args: argparse.Namespace) -> None
     done = [{name: row[name] for name in ("world", "seed", "method", "settings")} for row in read_rows(path)]
     todo = [task for task in tasks if task.key() not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of the pool's processes
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, one_thread)
     with pool, tqdm(desc=str(path), total=len(tasks), initial=len(tasks) - len(todo)) as bar:
         for row in pool.imap_unordered(partial(perform, out=args.out), todo):
