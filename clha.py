@@ -887,7 +887,7 @@ def train(
     process, processes, device = init_process()
     config = settle(config, device)
     output = Path(config.output_dir)
-    with claimed(output):
+    with claimed(output, config):
         tokenizer = load_tokenizer(config.model, config.template)
         load_data = partial(load_examples, tokenizer=tokenizer, config=config, fields=fields, ranked=ranked)
         examples = load_data(config.train_data)
@@ -901,7 +901,7 @@ def train(
         counts = examples["count"][:]
         if config.alpha is None:
             config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
-        if loss_fn is None:
+        if loss_fn is None:  # 10,000 queries, evenly spread, or a few more tell what all would
             sample = examples.select(range(0, len(examples), max(1, len(examples) // 10_000)))
             on_first_process(lambda: check_rewards(sample["rewards"][:], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
@@ -924,26 +924,18 @@ def train(
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
         optimizer = adamw(policy.parameters(), config.learning_rate)
         schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
-        fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
-        identity = fixed | {"model": model_hash, "tokens": tokens}
+        identity = fixed(config) | {"model": model_hash, "tokens": tokens}
         newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
         done = restore(newest[0], policy, optimizer, identity) if newest else 0
         for _ in range(done):  # once for each step, as below
             schedule.step()
         log = output / "metrics.jsonl"
-
-        def begin() -> None:
-            path = output / "config.json"
-            before = json.loads(path.read_text()) if path.exists() else {} if log.exists() else fixed
-            told = changes(before, fixed | {"model": before.get("model")})  # which may have another name
-            if told:
-                raise InputError(
-                    f"{output}: of another run, or a model ({told}); choose another --output_dir"
-                )
-            path.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        if process == 0:
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            log.with_suffix(".partial").write_text("".join(lines[:done]))
-            log.with_suffix(".partial").replace(log)
+            settings = json.dumps(asdict(config), indent=2) + "\n"
+            for path, text in ((log, "".join(lines[:done])), (output / "config.json", settings)):
+                path.with_suffix(".partial").write_text(text)
+                path.with_suffix(".partial").replace(path)
             print(f"prompt  {tokenizer.decode(probe['prompt_ids'])!r}")
             print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
             size = policy.model.num_parameters(only_trainable=True)
@@ -952,8 +944,6 @@ def train(
             print(f"train   {size:,} parameters; a checkpoint takes {disk}")
             print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
-
-        on_first_process(begin)
         signals = []  # held until the end of a step
         for number in SIGNALS:
             signal.signal(number, lambda number, _: signals.append(number))
@@ -1085,8 +1075,27 @@ def settle(config: Config, device: torch.device) -> Config:
     return replace(config, dtype=dtype, pack_tokens=config.pack_tokens or (8192 if cuda else 1024))
 
 
+def fixed(config: Config) -> dict[str, Any]:
+    """The settings that stay when a run resumes; without an alpha that follows from the data."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE and value is not None}
+
+
+def check_files(output: Path, config: Config) -> None:
+    """Raises InputError if a folder without a checkpoint, which knows its run, has another's files."""
+    path = output / "config.json"
+    if checkpoints(output / "checkpoints") or not (path.exists() or (output / "metrics.jsonl").exists()):
+        return
+    try:
+        before = json.loads(path.read_text())
+        told = changes(before, fixed(config) | {"model": before.get("model")})  # it may have another name
+    except (OSError, ValueError, AttributeError) as error:
+        told = reason(error)
+    if told:
+        raise InputError(f"{output}: of another run, or a model ({told}); choose another --output_dir")
+
+
 @contextmanager
-def claimed(output: Path) -> Iterator[None]:
+def claimed(output: Path, config: Config) -> Iterator[None]:
     """Claims a folder for this run, until the end. Raises InputError if it is another's, or finished."""
     lock = filelock.FileLock(output / ".lock", timeout=0)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -1099,6 +1108,7 @@ def claimed(output: Path) -> Iterator[None]:
             raise InputError(f"{output}: another program works in it; choose another --output_dir") from None
         if (output / "final").exists():
             raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
+        check_files(output, config)
 
     try:
         on_first_process(claim)
@@ -1221,9 +1231,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows a description as it is written, HEADINGS, and the default of each flag that has one."""
 
     def add_argument(self, action: Action) -> None:
-        heading = HEADINGS.get("".join(action.option_strings[-1:]))
-        if heading:
-            self._add_item(str, [f"\n{heading}:\n"])
+        for flag in action.option_strings:
+            if flag in HEADINGS:
+                self._add_item(str, [f"\n{HEADINGS[flag]}:\n"])
         super().add_argument(action)
 
     def _get_help_string(self, action: Action) -> str | None:

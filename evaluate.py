@@ -560,9 +560,10 @@ def run_publish(args: argparse.Namespace) -> None:
     final = Path(args.run_dir) / "final"
     path = final / "README.md"
     card = model_card(Path(args.run_dir), args.push_to_hub or str(final))
-    if not path.exists() or "tags: [clha" not in path.read_text(encoding="utf-8"):  # but peft's
+    ours = path.exists() and "tags: [clha" in path.read_text(encoding="utf-8")  # else it is peft's
+    if not ours:
         write_text(path, card)
-    print(f"the card is {path}")
+    print(f"{path}: {'kept, as it may have been edited' if ours else 'written'}")
     if args.push_to_hub:
         try:
             huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
@@ -602,12 +603,13 @@ def run_score(args: argparse.Namespace) -> None:
         paths[name] = path
     there = [name for name in paths if (Path(args.out) / name / "scores.json").exists()]  # of a stopped run
     rank, _, device = clha.init_process()
+    if there and rank == 0:
+        print(f"kept    {', '.join(there)} in {args.out}: already there")
     reward_model = reward.load_reward_model(args.reward_model, device)
     summaries = {}
     for name, path in paths.items():
         folder = Path(args.out) / name
         if name in there:
-            print(f"kept    {folder}: already there")
             summaries[name] = read_summary(folder)
         else:
             summaries[name] = score_file(path, records, reward_model, folder)

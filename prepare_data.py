@@ -357,10 +357,11 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
         try:
             found = FORMATS[name][1](row)
             record = {key: value for key, value in found.items() if value is not None}
-            own_ids = (record.pop("id", None), row.get("id"), row.get("prompt_id"), f"row {number}")
-            name_of = next(str(own) for own in own_ids if own not in (None, ""))
-            twice = name_of in ids  # a prompt with several pairs
-            record = {"chosen": 0} | record | {"id": f"{name_of} (row {number})" if twice else name_of}
+            given = (record.pop("id", None), row.get("id"), row.get("prompt_id"))
+            own = next((str(value) for value in given if value not in (None, "")), f"row {number}")
+            if own in ids:  # a prompt with several pairs
+                own = f"{own} (row {number})"
+            record = {"chosen": 0} | record | {"id": own}
             wrong = clha.check_record(record)
             if "rewards" in record and "chosen" not in found and not wrong:
                 record["chosen"] = record["rewards"].index(max(record["rewards"]))

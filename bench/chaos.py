@@ -57,11 +57,12 @@ def make_data(folder: Path) -> None:
 class Trial:
     """A run of clha.py: `start` starts it, or resumes it."""
 
-    processes, deterministic = 2, False  # of all trials
-
-    def __init__(self, home: Path, name: str, steps: int, model: str = "dropout", replicate: int = 1) -> None:
-        data = home / "data"
-        self.out = home / name
+    def __init__(
+        self, args: Namespace, name: str, steps: int, model: str = "dropout", replicate: int = 1
+    ) -> None:
+        data = args.out / "data"
+        self.out = args.out / name
+        self.processes = args.processes
         self.log = self.out.with_suffix(".log")
         self.weights = self.out / "final" / "model.safetensors"
         self.steps = steps
@@ -79,7 +80,7 @@ class Trial:
             "checkpoint_every": 10,
             "eval_every": 15,
             "replicate": replicate,
-            "deterministic": self.deterministic,
+            "deterministic": args.deterministic,
         }
         self.flags = [f"--{flag}={value}" for flag, value in settings.items()]
 
@@ -172,7 +173,7 @@ def newer(path: Path, moment: float) -> bool:
 
 def undisturbed(args: Namespace, steps: int) -> Trial:
     """A run that nothing stops; it is kept, and used again."""
-    trial = Trial(args.out, f"undisturbed-{steps}", steps)
+    trial = Trial(args, f"undisturbed-{steps}", steps)
     if not trial.weights.exists():
         shutil.rmtree(trial.out, ignore_errors=True)
         trial.start()
@@ -190,7 +191,7 @@ def kills(args: Namespace) -> Result:
     """Kills a run at random moments; counts what had to be done twice."""
     reference = undisturbed(args, args.steps)
     generator = random.Random(args.seed)
-    trial = Trial(args.out, "kills/run", args.steps)
+    trial = Trial(args, "kills/run", args.steps)
     counts: Counter[str] = Counter()
     trial.start(restarts=args.kills)
     for number in range(args.kills):
@@ -234,8 +235,8 @@ def resize(args: Namespace) -> Result:
     result: Result = {}
     start = load_file(args.out / "data" / "init" / "model.safetensors")
     for before, after in ((2, 1), (1, 2)):
-        trial = Trial(args.out, f"resize/{before}", 40, "init")
-        resized = Trial(args.out, f"resize/{before}-{after}", 40, "init")
+        trial = Trial(args, f"resize/{before}", 40, "init")
+        resized = Trial(args, f"resize/{before}-{after}", 40, "init")
         trial.start(before)
         trial.stop(20)
         shutil.copytree(trial.out, resized.out)
@@ -264,7 +265,7 @@ def disk(args: Namespace) -> Result:
     room = int(2.6 * size)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
     try:
-        trial = Trial(args.out, "disk/small/run", 60)
+        trial = Trial(args, "disk/small/run", 60)
         trial.log = args.out / "disk" / "run.log"
         trial.start()
         code = trial.process.wait()
@@ -287,7 +288,7 @@ def machines(args: Namespace) -> Result:
     generator = random.Random(args.seed)
     trials = []
     for number in (0, 3):
-        trial = Trial(args.out, f"machines/{number}", 200, replicate=2)
+        trial = Trial(args, f"machines/{number}", 200, replicate=2)
         trial.start(restarts=number, port=get_free_port())
         for kill_number in range(number):
             trial.until_step(50 * kill_number + 25)
@@ -313,7 +314,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/chaos"), help="folder for the runs")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("kills", "steps", "processes"))
-    Trial.processes, Trial.deterministic = args.processes, args.deterministic
     reward.check_output(args.out, "folder")
     args.out = args.out.resolve()
     torch.set_num_threads(1)

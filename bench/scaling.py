@@ -71,8 +71,6 @@ class Published(NamedTuple):
 PUBLISHED = [
     Published("KempnerForge, H200", 8.03e9, Layout(1, 4), 10_471, Layout(2, 4), 18_728 / 2),
     Published("KempnerForge, H200", 8.03e9, Layout(1, 4), 10_471, Layout(4, 4), 38_983 / 4),
-    # By the smaller model's rate on one card; and not compiled, as that was.
-    Published("KempnerForge, H200", 14.84e9, Layout(1, 4), 10_471 * 8.03 / 14.84, Layout(8, 4), 35_405 / 8),
     Published("torchtitan, H100", 8.03e9, Layout(8), 5_762, Layout(128), 5_605),
     Published("torchtitan, H100, compiled", 8.03e9, Layout(8), 6_667, Layout(128), 6_514),
     Published("torchtitan, H100, compiled, float8", 8.03e9, Layout(8), 8_532, Layout(128), 8_380),
@@ -126,13 +124,12 @@ def main() -> None:
         return
     parser = reward.Parser(clha.Config, description=__doc__)
     flag = parser.add_argument
-    flag("--gpu", choices=("h100", "h200"), default="h200", help="the card")
-    flag("--mfu", type=float, default=50, help="percent of its FLOP/s that a step reaches, assumed")
+    flag("--mfu", type=float, default=50, help="percent of an H200's FLOP/s that a step reaches")
     flag("--adapter", type=float, default=400, metavar="GBIT", help="Gb/s of a card's network adapter")
     with tempfile.TemporaryDirectory() as folder:  # gets the tokens
         config, args = parser.parse_args_into_dataclasses([*sys.argv[1:], "--output_dir", folder])
         reward.check_numbers(args, positive=("mfu", "adapter"))
-        print(table(config, args.mfu / 100 * plan.CARDS[args.gpu][1], args.adapter * 1e9 / 8))
+        print(table(config, args.mfu / 100 * plan.CARDS["h200"][1], args.adapter * 1e9 / 8))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ What some need besides rewards is first added to the records by a stage:
 | --- | --- | --- |
 | labels | the human choice, without a reward model | rewards 1 for the chosen response and 0 for the others |
 | ranked | released | their responses best first, as the authors' preprocessing leaves them |
-| hindsight | coh | two texts of the best and the worst; see below how to generate |
+| hindsight | coh | two texts; generate with --response_prefix "Good answer:" --stop_strings "Bad answer:" |
 | reference | dpo, odpo, lipo | "reference_logps", by --model MODEL; torchrun shares the work |
-
-    python evaluate.py generate --response_prefix "Good answer:" --stop_strings "Bad answer:" ...    after coh
 """
 
 import argparse

@@ -29,7 +29,8 @@ ENDPOINTS = {  # of the protocol: the question, and the row that should be worse
     "the filter": "CLHA w/o filter",
     "the contrast": "gated SFT",
 }
-PAPERS, NEITHER = run.PAPERS, "CLHA w/o gate and filter"
+PAPERS = run.PAPERS
+NEITHER = "CLHA w/o gate and filter"
 EXPLORATORY = {  # what is asked, and the row with it and the one without
     f"the gate{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o gate{PAPERS}"),
     f"the filter{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o filter{PAPERS}"),
@@ -304,7 +305,8 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
         gains = {}
         for world, rows in worlds.items():
             gains[world] = difference(rows.get(label, {}), rows.get(NEITHER, {}))
-        lines.append("- *{}*: **raises** gold in: {}. **Lowers** it in: {}.".format(name, *sides(gains)))
+        above, below, _ = sides(gains)
+        lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
     lead = difference(*(worlds.get("even errors", {}).get(label, {}) for label in ("CLHA", "SFT")))
     if lead:
         found = "as expected" if abs(lead.mean) <= lead.half() else "against what was expected"
@@ -320,11 +322,8 @@ def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
         sft = {seed: row for seed, row in rows.get("SFT", {}).items() if seed in neither}
         gains = [difference(rows.get(label, {}), neither) for label in GAINS.values()]
         gains.append(difference(rows.get("CLHA", {}), sft))
-        cells = [
-            cell(score(sft, "gold")),
-            cell(score(neither, "gold")),
-            *(cell(gain, "+.2f") for gain in gains),
-        ]
+        cells = [cell(score(seeds, "gold")) for seeds in (sft, neither)]
+        cells += [cell(gain, "+.2f") for gain in gains]
         lines.append([world, *cells, str(len(neither))])
     return evaluate.markdown(lines)
 
@@ -336,13 +335,13 @@ def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     styles = {"gate": ("^", "white"), "filter": ("o", "0.6"), "both": ("s", "black")}
     for place, (name, (marker, color)) in enumerate(styles.items()):
-        style = {"color": "black", "markerfacecolor": color, "marker": marker, "capsize": 2}
+        style = {"color": "black", "markerfacecolor": color, "marker": marker}
         for height, rows in enumerate(worlds.values()):
             gain = difference(rows.get(GAINS[name], {}), rows.get(NEITHER, {}))
             if gain:  # not every row is run yet
                 half = gain.half() if gain.seeds > 1 else 0
-                axes.errorbar(gain.mean, height + 0.22 * (place - 1), xerr=half, **style)
-        axes.plot([], [], linestyle="", label=name, **{key: style[key] for key in [*style][:3]})
+                axes.errorbar(gain.mean, height + 0.22 * (place - 1), xerr=half, capsize=2, **style)
+        axes.plot([], [], linestyle="", label=name, **style)
     axes.set_yticks(range(len(worlds)), [*worlds])
     axes.invert_yaxis()
     axes.set_xlabel("gold, minus that of neither; 95 % intervals over seeds")

@@ -24,6 +24,13 @@ PROGRAM = re.compile(r"(\w+)\.py|-m ((?:study|bench)\.\w+)")
 OTHERS = ("bash", "sbatch", "vllm", "source", "pip")
 
 
+def test_the_version_is_the_newest_of_the_changelog() -> None:
+    [version] = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
+
+
+
 def commands() -> list[tuple[str, str]]:
     """(page, command) of each line of each block, without comments and what is left out as "..."."""
     found = []
@@ -79,10 +86,11 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
     shown = [row for row in rows if len(row) > 3 and "±" in row[1]]
     assert 6 <= len(shown) <= 8
+    table = [line.strip("|").split("|") for line in report.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line] for line in table]
     for name, gold, reward, bleu, *lead in shown:
-        start = f"| {name} | {gold} | {reward} | {bleu} |"
-        [line] = [line for line in report.splitlines() if line.startswith(start)]
-        assert not lead or f" | {lead[0]} | " in line
+        [row] = [row for row in cells if row[:4] == [name, gold, reward, bleu]]
+        assert row[5] == (lead[0] if lead else "")  # after word BLEU
     words = (ROOT / "README.md").read_text()
     verdicts = re.findall(r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", words)
     assert verdicts and all(f"**{verdict.lower()}**" in report for verdict in verdicts)

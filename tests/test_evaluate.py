@@ -689,7 +689,7 @@ def test_files_are_scored_against_the_chosen_responses(
     assert printed == evaluate.table(both) == program("table", out / "base", out / "step-20")
     (out / "base" / "scores.json").unlink()  # as a run that was stopped leaves it
     again = program(*command, "--out", out)
-    assert again == f"kept    {out / 'step-20'}: already there\n{printed}"
+    assert again == f"kept    step-20 in {out}: already there\n{printed}"
     alone = ["score", "--responses", responses[0], *command[command.index("--data") :], "--out", out]
     with pytest.raises(clha.InputError, match=r"scores.json: already exists"):
         program(*alone)

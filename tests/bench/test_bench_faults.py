@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_an_odd_value_can_get_anywhere() -> None:
 
 
 def test_a_trial_reads_what_a_run_leaves(tmp_path: Path) -> None:
-    trial = chaos.Trial(tmp_path, "run", 60)
+    trial = chaos.Trial(Namespace(out=tmp_path, processes=2, deterministic=False), "run", 60)
     assert (trial.logged(), trial.saved(), trial.saving()) == ([0], 0, False)
     for name in ("step-9", "step-10", "step-20.partial"):
         (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
@@ -59,6 +60,6 @@ def test_a_trial_reads_what_a_run_leaves(tmp_path: Path) -> None:
 
 
 def test_the_flags_of_a_trial_are_those_of_clha(tmp_path: Path) -> None:
-    trial = chaos.Trial(tmp_path, "run", 60)
+    trial = chaos.Trial(Namespace(out=tmp_path, processes=2, deterministic=False), "run", 60)
     [config] = reward.Parser(clha.Config).parse_args_into_dataclasses(trial.flags)
     assert (config.max_steps, config.checkpoint_every) == (60, 10)
