@@ -30,7 +30,6 @@ def test_the_version_is_the_newest_of_the_changelog() -> None:
     assert newest and newest[1] == version
 
 
-
 def commands() -> list[tuple[str, str]]:
     """(page, command) of each line of each block, without comments and what is left out as "..."."""
     found = []
