@@ -29,17 +29,13 @@ from typing import Any
 import huggingface_hub
 import torch
 from sacrebleu.metrics import BLEU
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import clha
 import reward
 from clha import InputError, Record, Turn
+from reward import markdown, write_text
 
 # sacrebleu would recommend another BLEU than the paper's, for each response.
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)
@@ -66,7 +62,7 @@ def generate(*args: Any, **settings: Any) -> list[str]:
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[list[Turn]],
     *,
     max_new_tokens: int = 128,
@@ -125,9 +121,7 @@ def sample(
     return responses
 
 
-def prompt_ids(
-    turns: list[Turn], response_prefix: str, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[int]:
+def prompt_ids(turns: list[Turn], response_prefix: str, tokenizer: Tokenizer, limit: int) -> list[int]:
     """At most `limit` ids for the model to go on from. Raises InputError if a chat's last turn has more."""
     if response_prefix:
         turns = [*turns, {"role": "assistant", "content": response_prefix}]
@@ -142,9 +136,7 @@ def prompt_ids(
     return clha.cut_prompt(ids, limit, tokenizer.bos_token_id)
 
 
-def load(
-    path: str, device: torch.device, template: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(path: str, device: torch.device, template: str = "auto") -> tuple[PreTrainedModel, Tokenizer]:
     """A language model to generate with, in bfloat16 on a GPU, and its tokenizer, which can pad."""
     gc.collect()  # a model compiled earlier is in a reference cycle and still holds its memory
     tokenizer = clha.load_tokenizer(path, template)
@@ -365,21 +357,6 @@ def score_file(
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    with reward.whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its header. What a cell must not have is escaped."""
-    lines = []
-    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
-        cells = ["".join(c if c.isprintable() else " " for c in text).replace("|", "\\|") for text in row]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return "".join(lines)
 
 
 def cell(value: float | dict[str, Any] | None) -> str:
@@ -651,12 +628,8 @@ def main() -> None:
     flag("--max_prompt_length", type=int, default=384, help="tokens of a prompt (released: 384)")
     flag("--batch_size", type=int, default=64, help="prompts per batch")
     flag("--response_prefix", default="", help='a text for the model to continue, such as "Good answer:"')
-    flag(
-        "--stop_strings",
-        nargs="+",
-        default=[],
-        help="also cut at these; HH text is cut at Human: and Assistant:",
-    )
+    stops = "also cut at these; HH text is cut at Human: and Assistant:"
+    flag("--stop_strings", nargs="+", default=[], help=stops)
     flag("--seed", type=int, default=42, help="of the sampling")
     flag("--template", default="auto", help="as in clha.py; OUTPUT_DIR/final has its own")
     flag = parser.add_command("merge", run_merge)

@@ -48,7 +48,7 @@ Row = tuple[str, str, str, int, dict[str, Any]]  # file, split, subset, line, co
 # Raw HH-RLHF
 
 HEADER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
 
 
 def split_dialogue(text: str) -> list[Turn]:
@@ -135,10 +135,8 @@ def release_record(row: dict[str, Any]) -> Record:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f'"{name}" is not a list of texts')
     before, *pieces = TAG.split("".join(prefix).replace(EOS, ""))
-    turns = []
-    for tag, content in zip(pieces[::2], pieces[1::2], strict=True):
-        role = "user" if tag == "prompter" else "assistant"
-        turns.append({"role": role, "content": content.strip()})
+    sections = zip(pieces[::2], pieces[1::2], strict=True)
+    turns = [{"role": ROLES[tag], "content": content.strip()} for tag, content in sections]
     if before.strip() or not turns or turns[-1] != {"role": "assistant", "content": ""}:
         raise ValueError('"prefix" must begin with a tag and end in <|assistant|>')
     responses = [text.replace(EOS, "").strip() for text in row["suffix"]]
@@ -219,12 +217,12 @@ def report(splits: Splits, read: int, dropped: Counter[str], removed: int) -> st
     """Table 1 of what was read, next to the paper's, and what was left out."""
     counts = {split: Counter(record["subset"] for record in records) for split, records in splits.items()}
     others = set().union(*counts.values()) - set(TABLE_1)
-    lines = ["| subset | train | dev | test | paper: train | test |", "| --- |" + " --- |" * 5]
+    rows = [["subset", "train", "dev", "test", "paper: train", "test"]]
     for subset in [*TABLE_1, *sorted(others)]:
-        cells = [f"{counts[split][subset]:,}" for split in ("train", "dev", "test")]
-        cells += [f"{count:,}" for count in TABLE_1[subset]] if subset in TABLE_1 else ["", ""]
-        lines.append(f"| {subset} | {' | '.join(cells)} |")
-    lines.append(f"\n{read:,} queries read, {dropped.total():,} of them left out")
+        numbers = [counts[split][subset] for split in ("train", "dev", "test")]
+        paper = [f"{number:,}" for number in TABLE_1.get(subset, ())] or ["", ""]
+        rows.append([subset, *(f"{number:,}" for number in numbers), *paper])
+    lines = [reward.markdown(rows), f"{read:,} queries read, {dropped.total():,} of them left out"]
     for reason, count in dropped.most_common():
         lines.append(f"  {count:,}: {reason}")
     lines.append(f"{len(splits['dev']):,} dev queries; {removed:,} taken out of the test set")
@@ -357,16 +355,15 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
         try:
             found = FORMATS[name][1](row)
             record = {key: value for key, value in found.items() if value is not None}
-            given = (record.pop("id", None), row.get("id"), row.get("prompt_id"))
-            own = next((str(value) for value in given if value not in (None, "")), f"row {number}")
-            if own in ids:  # a prompt with several pairs
-                own = f"{own} (row {number})"
-            record = {"chosen": 0} | record | {"id": own}
+            given = (row.get("id"), row.get("prompt_id"), f"row {number}")
+            own = next(str(value) for value in given if value not in (None, ""))
+            record["id"] = f"{own} (row {number})" if own in ids else own  # a prompt with several pairs
             wrong = clha.check_record(record)
-            if "rewards" in record and "chosen" not in found and not wrong:
-                record["chosen"] = record["rewards"].index(max(record["rewards"]))
-            if len(set(record["responses"])) < len(record["responses"]):
-                wrong = wrong or "two responses are the same"
+            if not wrong and len(set(record["responses"])) < len(record["responses"]):
+                wrong = "two responses are the same"
+            if not wrong and "chosen" not in record:
+                rewards = record.get("rewards", [0])
+                record["chosen"] = rewards.index(max(rewards))
         except ValueError as error:
             wrong = str(error)
         except (KeyError, IndexError, TypeError):
@@ -435,16 +432,15 @@ def write_splits(args: argparse.Namespace, rows: Iterable[Row], parse: Callable[
     splits, dropped = collect(rows, parse)
     read = sum(len(records) for records in splits.values()) + dropped.total()
     removed = hold_out(splits, args.dev_items, args.seed)
-    for split, records in splits.items():
-        if records:
-            reward.check_output(Path(args.out) / f"{split}.jsonl", "new")
-    for split, records in splits.items():
-        if records:
-            reward.write_jsonl(Path(args.out) / f"{split}.jsonl", records)
+    files = {Path(args.out) / f"{split}.jsonl": records for split, records in splits.items() if records}
+    for path in files:
+        reward.check_output(path, "new")
+    for path, records in files.items():
+        reward.write_jsonl(path, records)
     print(report(splits, read, dropped, removed))
-    for split, records in splits.items():
-        if records and "rewards" in records[0]:
-            print(f"\n{split}: {reward.summary(records)}")
+    for path, records in files.items():
+        if "rewards" in records[0]:
+            print(f"\n{path.stem}: {reward.summary(records)}")
 
 
 def prepare_preference(args: argparse.Namespace) -> None:

@@ -172,8 +172,7 @@ def filled_length(tokens: int, device: torch.device) -> int:
     """What a pack is filled to: 128, 256, 512, ... tokens, as flex_attention compiles each; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    blocks = math.ceil(tokens / 128)
-    return 128 << (blocks - 1).bit_length()
+    return max(128, 1 << (tokens - 1).bit_length())
 
 
 def chunks(sizes: list[int], tokens: int) -> Iterator[list[int]]:
@@ -241,11 +240,8 @@ def write_scores(model: RewardModel, records: list[Record], out: Path) -> None:
     _, processes, _ = clha.init_process()
 
     def work(share: list[Record], _: int) -> list[Record]:
-        prompts = []
-        responses = []
-        for record in share:
-            prompts += [record["prompt"]] * len(record["responses"])
-            responses += record["responses"]
+        prompts = [record["prompt"] for record in share for _ in record["responses"]]
+        responses = [response for record in share for response in record["responses"]]
         scores = iter(model.score(prompts, responses))
         return [record | {"rewards": list(islice(scores, len(record["responses"])))} for record in share]
 
@@ -276,8 +272,7 @@ def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
         scale = {"mean": rewards.mean().item(), "deviation": rewards.std().item(), "model": model}
         if not scale["deviation"] > 0:
             raise InputError("--standardize: all rewards are equal")
-        with whole(path) as unfinished:
-            unfinished.write_text(json.dumps(scale) + "\n")
+        write_text(path, json.dumps(scale) + "\n")
     rows = []
     for record in records:
         rewards = [(reward - scale["mean"]) / scale["deviation"] for reward in record["rewards"]]
@@ -297,41 +292,36 @@ def reward_gaps(records: list[Record]) -> Tensor:
 def summary(records: list[Record]) -> str:
     """Rewards, gate and reward gaps as a few lines of Markdown: what a `min_reward_gap` would keep."""
     rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
-    best = []
-    agreements = []
-    for record in records:
-        best.append(max(record["rewards"]))
-        if "chosen" in record:
-            agreements.append(record["rewards"][record["chosen"]] == best[-1])
     line = f"{len(records):,} queries, rewards {rewards.mean():.3f} +- {rewards.std():.3f}; "
-    opened = sum(reward > 0 for reward in best) / len(records)
+    opened = sum(max(record["rewards"]) > 0 for record in records) / len(records)
     line += f"the best response is above 0 (gate open) in {opened:.1%} of them"
-    if agreements:
-        line += f", and is the chosen one in {sum(agreements) / len(agreements):.1%}"
+    labeled = [record for record in records if "chosen" in record]
+    if labeled:
+        agreed = sum(record["rewards"][record["chosen"]] == max(record["rewards"]) for record in labeled)
+        line += f", and is the chosen one in {agreed / len(labeled):.1%}"
     gaps = reward_gaps(records)
-    names = ""
-    shares = ""
+    names = ["reward gap"]
+    shares = ["pairs"]
     for threshold in (0, 0.1, 0.25, 0.5, 1, 2, 3):
-        names += f" > {threshold:g} |"
-        shares += f" {(gaps > threshold).float().mean():.1%} |"
-    return f"{line}\n\n| reward gap |{names}\n|{' --- |' * 8}\n| pairs |{shares}"
+        names.append(f"> {threshold:g}")
+        shares.append(f"{(gaps > threshold).float().mean():.1%}")
+    return f"{line}\n\n{markdown([names, shares]).rstrip()}"
 
 
 def draw_rewards(records: list[Record], min_reward_gap: float = clha.Config.min_reward_gap) -> Any:
     """What gate and filter see of a data set: the reward of each best response, and the gap of each pair."""
-    figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     best = torch.tensor([float(max(record["rewards"])) for record in records])
-    left.hist(best.numpy(), bins=25, color="0.6")
-    left.axvline(0, color="black")
-    opened = (best > 0).float().mean()
-    left.set(title="Reward of the best response", xlabel=f"gate: {opened:.0%} imitated, right of 0")
-    left.set_ylabel("queries")
     gaps = reward_gaps(records)
-    right.hist(gaps.numpy(), bins=25, color="0.6")
-    right.axvline(min_reward_gap, color="black")
-    kept = (gaps > min_reward_gap).float().mean()
-    right.set(title="Reward gap of a pair", xlabel=f"filter: {kept:.0%} train, right of {min_reward_gap:g}")
-    right.set_ylabel("pairs")
+    panels = [
+        (best, 0, "Reward of the best response", "gate: {:.0%} imitated, right of 0", "queries"),
+        (gaps, min_reward_gap, "Reward gap of a pair", "filter: {:.0%} train, right of {:g}", "pairs"),
+    ]
+    figure, grid = import_pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axes, (values, threshold, title, label, counted) in zip(grid, panels, strict=True):
+        axes.hist(values.numpy(), bins=25, color="0.6")
+        axes.axvline(threshold, color="black")
+        share = (values > threshold).float().mean().item()
+        axes.set(title=title, xlabel=label.format(share, threshold), ylabel=counted)
     return figure
 
 
@@ -362,14 +352,10 @@ def save_picture(figure: Any, path: str) -> None:
 # Long work, part by part
 
 
-def write_in_parts(
-    out: Path,
-    items: list[Any],
-    settings: Any,
-    work: Callable[[list[Any], int], list[Record]],
-    part: int,
-    desc: str,
-) -> None:
+Work = Callable[[list[Any], int], list[Record]]  # a process's share of a part, the part's start -> rows
+
+
+def write_in_parts(out: Path, items: list[Any], settings: Any, work: Work, part: int, desc: str) -> None:
     """Writes a JSON line per item, made by all processes together; stopped, it goes on where it was.
 
     work(share, start) returns the rows of this process's share of the `part` items from `start` on. Rows
@@ -382,10 +368,9 @@ def write_in_parts(
         key.update(json.dumps(item).encode())
     partial_path = out.with_name(f"{out.name}.{key.hexdigest()[:16]}.partial")
     with locked(out) if rank == 0 else nullcontext():
-        done = [keep_whole_parts(partial_path, part) if rank == 0 else 0]
-        dist.broadcast_object_list(done)
-        bar = tqdm(total=len(items), initial=done[0], desc=desc, disable=None if rank == 0 else True)
-        for start in range(done[0], len(items), part):
+        done = clha.on_first_process(lambda: keep_whole_parts(partial_path, part))
+        bar = tqdm(total=len(items), initial=done, desc=desc, disable=None if rank == 0 else True)
+        for start in range(done, len(items), part):
             chunk = items[start : start + part]
             rows = gather(work(chunk[rank::processes], start), len(chunk))
             if rank == 0:
@@ -395,12 +380,6 @@ def write_in_parts(
         if rank == 0:
             partial_path.replace(out)
         dist.barrier()
-
-
-def append_jsonl(path: Path, rows: list[Record]) -> None:
-    """Adds JSON lines to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
@@ -591,11 +570,31 @@ def whole(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def append_jsonl(path: Path, rows: Iterable[Record]) -> None:
+    """Adds JSON lines to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Record]) -> None:
     """Writes JSON lines, whole or not at all."""
-    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file)
+    with whole(path) as unfinished:
+        append_jsonl(unfinished, rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its header. What a cell must not have is escaped."""
+    lines = []
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
+        cells = ["".join(c if c.isprintable() else " " for c in text).replace("|", "\\|") for text in row]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
 
 
 def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
