@@ -22,7 +22,6 @@ import json
 import logging
 import textwrap
 from collections import Counter
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -152,41 +151,32 @@ def load(path: str, device: torch.device, template: str = "auto") -> tuple[PreTr
     return model.to(device).eval(), tokenizer
 
 
-def write_responses(
-    path: str,
-    records: list[Record],
-    out: Path,
-    *,
-    num_responses: int = 1,
-    batch_size: int = 64,
-    seed: int = 42,
-    template: str = "auto",
-    **options: Any,
-) -> None:
-    """Writes `num_responses` lines {"id", "response", "finished"} per record; `options` are of `sample`.
+def write_responses(path: str, records: list[Record], out: Path, args: argparse.Namespace) -> None:
+    """Writes --num_responses lines {"id", "response", "finished"} per record, by the model at `path`.
 
     All processes share the work. Each part has a seed of its own, so that samples do not depend on where it
     was interrupted and resumed.
     """
     rank, processes, device = clha.init_process()
-    model, tokenizer = load(path, device, template)
+    model, tokenizer = load(path, device, args.template)
+    names = ("max_new_tokens", "max_prompt_length", "batch_size", "temperature", "response_prefix")
+    options = {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop_strings)}
     items = []
     for record in records:
         try:  # what does not fit is said before the work begins, on every process
-            limit = options.get("max_prompt_length", 384)
-            prompt_ids(record["prompt"], options.get("response_prefix", ""), tokenizer, limit)
+            prompt_ids(record["prompt"], args.response_prefix, tokenizer, args.max_prompt_length)
         except InputError as error:
             raise InputError(f"{record['id']}: {error}") from error
-        items += [{"id": record["id"], "prompt": record["prompt"]}] * num_responses
+        items += [{"id": record["id"], "prompt": record["prompt"]}] * args.num_responses
 
     def work(share: list[Record], start: int) -> list[Record]:
-        torch.manual_seed(seed + start + rank)
-        prompts = [item["prompt"] for item in share]
-        rows = sample(model, tokenizer, prompts, batch_size=batch_size, **options)
+        torch.manual_seed(args.seed + start + rank)
+        rows = sample(model, tokenizer, [item["prompt"] for item in share], **options)
         return [{"id": item["id"]} | row for item, row in zip(share, rows, strict=True)]
 
-    settings = [reward.fingerprint(path), tokenizer.chat_template, options, batch_size, seed]
-    reward.write_in_parts(out, items, settings, work, 4 * batch_size * processes, f"generate {out.name}")
+    settings = [reward.fingerprint(path), tokenizer.chat_template, options, args.seed]
+    part = 4 * args.batch_size * processes
+    reward.write_in_parts(out, items, settings, work, part, f"generate {out.name}")
     if rank == 0:
         rows = [row for _, row in clha.read_jsonl(out)]
         empty = sum(not row["response"] for row in rows)
@@ -232,22 +222,22 @@ def read_responses(path: str, records: list[Record]) -> list[Record]:
     known = {record["id"] for record in records}
     found: dict[str, Record] = {}
     for number, line in clha.read_jsonl(path):
+        place = f"{path}, line {number}"
         item, text = read_line(line)
         if not isinstance(item, str) or not isinstance(text, str):
             shown = textwrap.shorten(json.dumps(line), 200)
             need = 'needs "id" and "response", two strings, or a successful line of OpenAI\'s batch output'
-            raise InputError(f"{path}, line {number}: {need}, not {shown}")
+            raise InputError(f"{place}: {need}, not {shown}")
         if item not in known:
-            raise InputError(f"{path}, line {number}: no record has the id {item}")
+            raise InputError(f"{place}: no record has the id {item}")
         if item in found:
-            wrong = f"a second response to {item}; score needs one per record"
-            raise InputError(f"{path}, line {number}: {wrong}")
+            raise InputError(f"{place}: a second response to {item}; score needs one per record")
         # `generate` has cut its own; those of other engines are cut as the release does.
         text = text.strip() if "finished" in line else cut_response(text)
         found[item] = {"id": item, "response": text}
         for name, value in numbers(line).items():
             if not abs(value) < 1e38:
-                raise InputError(f'{path}, line {number}: "{name}" must be a finite number, not {value}')
+                raise InputError(f'{place}: "{name}" must be a finite number, not {value}')
             found[item][name] = value
     missing = [record["id"] for record in records if record["id"] not in found]
     if missing:
@@ -320,11 +310,9 @@ def score_responses(
 
 def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
     """Mean scores by subset and in "Total", over all items; of further numbers, those that every row has."""
-    names = list(SCORES)
-    names += [name for name in numbers(rows[0]) if all(name in row for row in rows)]
-    groups: dict[str, list[Record]] = {}
-    for row in sorted(rows, key=itemgetter("subset")):
-        groups.setdefault(row["subset"], []).append(row)
+    names = [*SCORES, *(name for name in numbers(rows[0]) if all(name in row for row in rows))]
+    subsets = sorted({row["subset"] for row in rows})
+    groups = {subset: [row for row in rows if row["subset"] == subset] for subset in subsets}
     summary: dict[str, dict[str, Any]] = {}
     for subset, members in (groups | {"Total": rows}).items():
         words = word_bleu([row["response"] for row in members], [row["reference"] for row in members])
@@ -334,10 +322,8 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def score_file(
-    path: str, records: list[Record], reward_model: reward.RewardModel, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Scores a file of responses, as responses.jsonl, table.md and, last, scores.json; the summary."""
+def score_file(path: str, records: list[Record], reward_model: reward.RewardModel, folder: Path) -> None:
+    """Scores a file of responses, as responses.jsonl, table.md and, last, scores.json."""
     rank, processes, _ = clha.init_process()
     items = list(zip(records, read_responses(path, records), strict=True))
 
@@ -348,11 +334,10 @@ def score_file(
     settings = [reward.fingerprint(reward_model.model.name_or_path), reward_model.max_length]
     out = folder / "responses.jsonl"
     reward.write_in_parts(out, items, settings, work, 256 * processes, f"score {folder.name}")
-    summary = summarise([row for _, row in clha.read_jsonl(out)])
     if rank == 0:
+        summary = summarise([row for _, row in clha.read_jsonl(out)])
         write_text(folder / "table.md", table({folder.name: summary}))
         write_text(folder / "scores.json", json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -436,9 +421,6 @@ def run_generate(args: argparse.Namespace) -> None:
         raise InputError("--num_responses: greedy responses are all the same; use --temperature above 0")
     if "" in args.stop_strings:
         raise InputError("--stop_strings: an empty text would end every response")
-    options = vars(args) | {"stop_strings": tuple(args.stop_strings)}
-    for name in ("command", "run", "model", "data", "out"):
-        del options[name]
     records = read_queries(args.data)
     files = {args.model[0]: Path(args.out)}
     if len(args.model) > 1:
@@ -447,13 +429,13 @@ def run_generate(args: argparse.Namespace) -> None:
         raise InputError(f"--model: two of {', '.join(args.model)} have one name; generate them one by one")
     there = [path for path, out in files.items() if out.exists()]  # from a run that was stopped
     for path in args.model:
-        # What is wrong with a model is said before the work begins.
-        clha.load_tokenizer(path, args.template)
+        clha.load_tokenizer(path, args.template)  # what is wrong with a model is said before the work begins
+    rank, _, _ = clha.init_process()
     for path, out in files.items():
-        if path in there:
+        if path not in there:
+            write_responses(path, records, out, args)
+        elif rank == 0:
             print(f"kept    {out}: already there")
-        else:
-            write_responses(path, records, out, **options)
 
 
 def model_name(path: str) -> str:
@@ -583,15 +565,11 @@ def run_score(args: argparse.Namespace) -> None:
     if there and rank == 0:
         print(f"kept    {', '.join(there)} in {args.out}: already there")
     reward_model = reward.load_reward_model(args.reward_model, device)
-    summaries = {}
     for name, path in paths.items():
-        folder = Path(args.out) / name
-        if name in there:
-            summaries[name] = read_summary(folder)
-        else:
-            summaries[name] = score_file(path, records, reward_model, folder)
+        if name not in there:
+            score_file(path, records, reward_model, Path(args.out) / name)
     if rank == 0:
-        print(table(summaries), end="")
+        print(table({name: read_summary(Path(args.out) / name) for name in paths}), end="")
 
 
 def run_table(args: argparse.Namespace) -> None:

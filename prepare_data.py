@@ -147,9 +147,7 @@ def release_record(row: dict[str, Any]) -> Record:
 def read_release(source: str) -> Iterator[Row]:
     """Yields the rows of the authors' files, one or all below a folder; their names say of which split."""
     root = Path(source)
-    paths = [root]
-    if not root.is_file():
-        paths = sorted(path for path in root.rglob("*.json*") if path.is_file())
+    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*.json*") if path.is_file())
     if not paths:
         raise InputError(f"{source}: no such file, nor a folder with .json, .jsonl or .json.gz files")
     for path in paths:
@@ -362,7 +360,7 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
             if not wrong and len(set(record["responses"])) < len(record["responses"]):
                 wrong = "two responses are the same"
             if not wrong and "chosen" not in record:
-                rewards = record.get("rewards", [0])
+                rewards = record.get("rewards", [0])  # without them it is the first
                 record["chosen"] = rewards.index(max(rewards))
         except ValueError as error:
             wrong = str(error)

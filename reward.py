@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -158,10 +158,8 @@ class RewardModel:
 
 def share_prefix(texts: list[list[int]]) -> Example:
     """Texts as one query: the prompt is what all of them begin with, short of the last token of any."""
-    shortest = min(len(ids) for ids in texts)
-    common = 0
-    while common < shortest - 1 and all(ids[common] == texts[0][common] for ids in texts):
-        common += 1
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False))
+    common = min(len(list(same)), min(map(len, texts)) - 1)
     response_ids = [ids[common:] for ids in texts]
     lengths = [len(ids) for ids in response_ids]
     size = {"size": common + sum(lengths), "longest": common + max(lengths)}  # in tokens
@@ -282,11 +280,8 @@ def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
 
 def reward_gaps(records: list[Record]) -> Tensor:
     """|r_i - r_j| of every pair of responses of every record, as one vector."""
-    gaps = []
-    for record in records:
-        rewards = torch.tensor(record["rewards"], dtype=torch.float32)
-        gaps.append(torch.pdist(rewards[:, None], p=1))
-    return torch.cat(gaps)
+    rows = [torch.tensor(record["rewards"], dtype=torch.float32) for record in records]
+    return torch.cat([torch.pdist(rewards[:, None], p=1) for rewards in rows])
 
 
 def summary(records: list[Record]) -> str:
@@ -397,11 +392,10 @@ def locked(out: Path) -> Iterator[None]:
 
 def keep_whole_parts(path: Path, part: int) -> int:
     """Cuts an unfinished file, made if need be, to whole parts; returns how many lines are left."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        lines = file.read().split(b"\n")[:-1]  # without the one that was being written
-        done = len(lines) // part * part  # a part is the unit of whatever is random in it
-        file.truncate(sum(len(line) + 1 for line in lines[:done]))
+    path.touch()
+    lines = path.read_bytes().split(b"\n")[:-1]  # without the one that was being written
+    done = len(lines) // part * part  # a part is the unit of whatever is random in it
+    os.truncate(path, sum(len(line) + 1 for line in lines[:done]))
     return done
 
 
