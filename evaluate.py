@@ -322,10 +322,12 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def score_file(path: str, records: list[Record], reward_model: reward.RewardModel, folder: Path) -> None:
-    """Scores a file of responses, as responses.jsonl, table.md and, last, scores.json."""
+def score_into(
+    folder: Path, records: list[Record], responses: list[Record], reward_model: reward.RewardModel
+) -> None:
+    """Scores responses; leaves responses.jsonl, table.md and, last, scores.json in a folder."""
     rank, processes, _ = clha.init_process()
-    items = list(zip(records, read_responses(path, records), strict=True))
+    items = list(zip(records, responses, strict=True))
 
     def work(share: list[tuple[Record, Record]], _: int) -> list[Record]:
         mine = [record for record, _ in share]
@@ -551,25 +553,24 @@ def run_score(args: argparse.Namespace) -> None:
     """BLEU and reward of files of responses"""
     reward.check_output(args.out, "folder")
     records = read_queries(args.data)
-    paths: dict[str, str] = {}
+    files: dict[str, list[Record]] = {}
     for path in args.responses:
         name = Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
-        if name in paths or not name.strip("."):
+        if name in files or not name.strip("."):
             raise InputError(f"--responses {path}: {args.out}/{name} is taken; rename the file")
-        read_responses(path, records)  # what is wrong with a file is said before the work begins
+        files[name] = read_responses(path, records)  # what is wrong is said before the work begins
         if len(args.responses) == 1:
             reward.check_output(Path(args.out) / name / "scores.json", "new")
-        paths[name] = path
-    there = [name for name in paths if (Path(args.out) / name / "scores.json").exists()]  # of a stopped run
+    there = [name for name in files if (Path(args.out) / name / "scores.json").exists()]  # of a stopped run
     rank, _, device = clha.init_process()
     if there and rank == 0:
         print(f"kept    {', '.join(there)} in {args.out}: already there")
     reward_model = reward.load_reward_model(args.reward_model, device)
-    for name, path in paths.items():
+    for name, responses in files.items():
         if name not in there:
-            score_file(path, records, reward_model, Path(args.out) / name)
+            score_into(Path(args.out) / name, records, responses, reward_model)
     if rank == 0:
-        print(table({name: read_summary(Path(args.out) / name) for name in paths}), end="")
+        print(table({name: read_summary(Path(args.out) / name) for name in files}), end="")
 
 
 def run_table(args: argparse.Namespace) -> None:
@@ -589,8 +590,7 @@ def run_table(args: argparse.Namespace) -> None:
 
 def run_best(args: argparse.Namespace) -> None:
     """the scored folder with the highest mean reward, the first of equals"""
-    rewards = {folder: read_summary(folder)["Total"]["reward"]["mean"] for folder in args.folders}
-    print(max(rewards, key=lambda folder: rewards[folder]))
+    print(max(args.folders, key=lambda folder: read_summary(folder)["Total"]["reward"]["mean"]))
 
 
 def main() -> None:

@@ -93,10 +93,7 @@ def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[st
     if source.count("/") != 1 or source[0] in "./~":
         raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
     print(f"taking {subset}/{split} of {source} from the Hugging Face hub")
-    try:
-        return enumerate(load_dataset(source, data_dir=subset, split=split), 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+    return enumerate(read_source(source, split, subset), 1)
 
 
 def read_hh(source: str) -> Iterator[Row]:
@@ -320,15 +317,15 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]]] =
 }
 
 
-def read_source(source: str, split: str) -> Dataset:
-    """The rows of a file, of a folder of files, or of a data set on the hub."""
+def read_source(source: str, split: str, subset: str | None = None) -> Dataset:
+    """The rows of a file, of a folder of files, or of a data set, or a folder of it, on the hub."""
     path = Path(source)
     kinds = {".parquet": "parquet", ".csv": "csv"}
     try:
         if path.is_file():
             return load_dataset(kinds.get(path.suffix, "json"), data_files=source, split=split)
         if path.is_dir() or source.count("/") == 1:
-            return load_dataset(source, split=split)
+            return load_dataset(source, data_dir=subset, split=split)
     except Exception as error:  # of any reader
         cause = clha.reason(error.__cause__ or error)
         raise InputError(f"{source}: cannot be read ({type(error).__name__}: {cause})") from error

@@ -207,9 +207,8 @@ def load_reward_model(
         tokenizer.chat_template = None  # its own is not a template
         dialogue_ids = partial(open_assistant_ids, tokenizer=tokenizer)
     elif config.num_labels != 1:
-        raise InputError(
-            f"{path}: has {config.num_labels} outputs, not one; `reward.py train` makes a reward model"
-        )
+        wrong = f"has {config.num_labels} outputs, not one; `reward.py train` makes a reward model"
+        raise InputError(f"{path}: {wrong}")
     else:  # a template that takes nothing is refused now
         dialogue_ids([{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}])
     model = clha.load(kind, path, dtype=dtype, output_loading_info=True)

@@ -430,7 +430,7 @@ def test_generate_passes_its_flags_on(
 
 
 def test_of_several_models_those_whose_responses_are_there_are_kept(
-    policy_folder: Path, data: Path, tmp_path: Path, program: Program
+    policy_folder: Path, data: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(policy_folder, other)
@@ -442,6 +442,8 @@ def test_of_several_models_those_whose_responses_are_there_are_kept(
     assert f"kept    {kept}: already there" in program(*command, "--out", out)
     assert kept.read_text() == "of a run before\n"
     assert len((out / "other.jsonl").read_text().splitlines()) == len(make_records())
+    monkeypatch.setattr(clha, "init_process", lambda: (1, 2, torch.device("cpu")))  # the second of two
+    assert program(*command, "--out", out) == ""
 
 
 # ------------------------------------------------------------------------------------------------------------

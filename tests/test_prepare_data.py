@@ -529,6 +529,16 @@ def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
     assert "left out 1: values are missing (first: row 3)" in printed
 
 
+def test_a_record_without_a_choice_gets_the_best_of_its_rewards_beside_one_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = {"prompt": [user("Tea?")], "responses": ["No", "Yes"], "rewards": [1.0, 2.0]}
+    rows = [scored | {"chosen": 0}, scored]  # as a table, the second has null in that column
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = convert(monkeypatch, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
+    assert [record["chosen"] for record in found] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
