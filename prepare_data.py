@@ -48,6 +48,7 @@ Row = tuple[str, str, str, int, dict[str, Any]]  # file, split, subset, line, co
 # Raw HH-RLHF
 
 HEADER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
+# The last two are of the authors' files, below.
 ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
 
 
@@ -71,9 +72,10 @@ def split_dialogue(text: str) -> list[Turn]:
 
 
 def hh_record(row: dict[str, Any]) -> Record | str:
-    """The record of a raw row {"chosen", "rejected"}, both whole dialogues; or why it is left out."""
-    chosen = split_dialogue(row["chosen"])
-    rejected = split_dialogue(row["rejected"])
+    """The record of a row {"chosen", "rejected"}, two whole dialogues; or why it is left out."""
+    read = split_dialogue if isinstance(row["chosen"], str) else as_turns
+    chosen = read(row["chosen"])
+    rejected = read(row["rejected"])
     for turns in (chosen, rejected):
         if not turns or turns[-1]["role"] != "assistant":
             return "the last turn is not the assistant's"
@@ -90,7 +92,7 @@ def hh_rows(source: str, subset: str, split: str) -> Iterable[tuple[int, dict[st
             if (Path(source) / name).is_file():
                 return clha.read_jsonl(Path(source) / name)
         return None
-    if source.count("/") != 1 or source[0] in "./~":
+    if Path(source).is_file() or source.count("/") != 1 or source[0] in "./~":
         raise InputError(f"{source}: no such folder, and not a hub name like Anthropic/hh-rlhf")
     print(f"taking {subset}/{split} of {source} from the Hugging Face hub")
     return enumerate(read_source(source, split, subset), 1)
@@ -251,19 +253,14 @@ def last_answer(messages: Any, prompt: list[Turn]) -> str:
 
 def from_pairs(row: dict[str, Any]) -> Record:
     """TRL's formats: chosen and rejected, after "prompt" or after what both begin with."""
-    chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None:
         prompt = as_turns(row["prompt"])
-    elif isinstance(chosen, str):
-        record = hh_record(row)
-        if isinstance(record, str):
-            raise ValueError(f"no prompt: {record}")
-        return record
-    else:
-        prompt = as_turns(chosen)[:-1]
-        if as_turns(rejected)[:-1] != prompt:
-            raise ValueError("chosen and rejected answer different dialogues")
-    return {"prompt": prompt, "responses": [last_answer(chosen, prompt), last_answer(rejected, prompt)]}
+        responses = [last_answer(row["chosen"], prompt), last_answer(row["rejected"], prompt)]
+        return {"prompt": prompt, "responses": responses}
+    record = hh_record(row)
+    if isinstance(record, str):
+        raise ValueError(f"no prompt: {record}")
+    return record
 
 
 def from_scored_list(row: dict[str, Any]) -> Record:

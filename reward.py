@@ -345,8 +345,7 @@ def save_picture(figure: Any, path: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Long work, part by part
 
-
-Work = Callable[[list[Any], int], list[Record]]  # a process's share of a part, the part's start -> rows
+Work = Callable[[list[Any], int], list[Record]]  # see `write_in_parts`
 
 
 def write_in_parts(out: Path, items: list[Any], settings: Any, work: Work, part: int, desc: str) -> None:
@@ -408,11 +407,8 @@ def gather(mine: list[Any], total: int) -> list[Any]:
 
 def fingerprint(path: str | Path) -> list[Any]:
     """What tells a folder's files from later ones in the same place: names, sizes, times."""
-    found: list[Any] = [str(path)]
-    for file in sorted(Path(path).glob("*")):
-        stat = file.stat()
-        found.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return found
+    stats = {file.name: file.stat() for file in sorted(Path(path).glob("*"))}
+    return [str(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())]
 
 
 # ------------------------------------------------------------------------------------------------------------

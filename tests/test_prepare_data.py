@@ -548,6 +548,10 @@ def test_a_record_without_a_choice_gets_the_best_of_its_rewards_beside_one_with(
         ),
         ([{"prompt": "Tea?", "chosen": "Yes", "rejected": "Yes"}], "none of its 1 rows can be used"),
         ([{"chosen": "The sky is blue.", "rejected": "It is green."}], "none of its 1 rows can be used"),
+        (
+            [{"chosen": [*TALK, assistant("Yes")], "rejected": [TALK[0], assistant("No")]}],
+            "none of its 1 rows can be used",
+        ),
     ],
 )
 def test_data_of_no_format_are_refused_in_a_line(
