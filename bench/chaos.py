@@ -45,7 +45,7 @@ def make_data(folder: Path) -> None:
     toy.write(folder, seed=0, queries=256)
     records = reward.read_records(folder / "train.jsonl")
     for record in records:
-        record["rewards"] = [toy.gold(record["prompt"], response) for response in record["responses"]]
+        record["rewards"] = toy.golds(record)
     reward.write_jsonl(folder / "scored.jsonl", records)
     reward.write_jsonl(folder / "dev.jsonl", records[:16])
     shutil.copytree(folder / "init", folder / "dropout")

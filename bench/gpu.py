@@ -19,7 +19,6 @@ each row is measured in a process of its own, so that running out of memory in o
 """
 
 import json
-import multiprocessing
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
@@ -133,10 +132,7 @@ def measure(trial: Trial) -> Row:
 
 def apart(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
     """A function's result; on a GPU from a process of its own."""
-    if device.type == "cpu":
-        return function(*arguments)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    return function(*arguments) if device.type == "cpu" else train_step.in_new_process(function, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,31 +290,29 @@ def main() -> None:
     machine = {"machine": gpu, "kind": gpu, "processes": 1, "torch": torch.__version__}
     peak = next((flops for card, (_, flops) in CARDS.items() if card in gpu.lower()), 0)
     results: dict[str, list[Row]] = {}
-    if "numerics" in args.stages:
-        results["numerics"] = []
-        for family in FAMILIES:
-            results["numerics"] += apart(device, numerics, device, tokens, family)
-        show(results["numerics"], peak)
-    if "ways" in args.stages:
-        batches = [train_step.queries(args.queries, seed) for seed in range(-1, args.rounds)]
-        results["ways"] = ways(Trial("ours", args.model, device, tokens, batches))
-        show(results["ways"], peak)
-        if results["ways"][0]["result"] == "done":
+    for stage in args.stages:
+        if stage == "profile":
+            trial = Trial("ours", args.model, device, tokens, [fill(tokens, seed=0)] * 2)
+            print(apart(device, profile, trial))
+            continue
+        if stage == "numerics":
+            found = [apart(device, numerics, device, tokens, family) for family in FAMILIES]
+            rows = [row for own in found for row in own]
+        elif stage == "ways":
+            batches = [train_step.queries(args.queries, seed) for seed in range(-1, args.rounds)]
+            rows = ways(Trial("ours", args.model, device, tokens, batches))
+        elif stage == "sweep":
+            rows = sweep(args, device)
+        elif stage == "scoring":
+            shapes = [(2048, 24), (4096, 32)] if args.device == "cuda" else [(64, 2)]  # 1.4 and 6.9 B
+            rows = [apart(device, scoring, device, *shape, args.rounds) for shape in shapes]
+        else:
+            rows = [apart(device, generation, device, args.model, min(64, args.queries), args.rounds)]
+        show(rows, peak)
+        results[stage] = rows
+        if stage == "ways" and rows[0]["result"] == "done":
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            reward.append_jsonl(args.out, [results["ways"][0] | machine])
-    if "profile" in args.stages:
-        print(apart(device, profile, Trial("ours", args.model, device, tokens, [fill(tokens, seed=0)] * 2)))
-    if "sweep" in args.stages:
-        results["sweep"] = sweep(args, device)
-        show(results["sweep"], peak)
-    if "scoring" in args.stages:
-        shapes = [(2048, 24), (4096, 32)] if args.device == "cuda" else [(64, 2)]  # 1.4 and 6.9 B
-        results["scoring"] = [apart(device, scoring, device, *shape, args.rounds) for shape in shapes]
-        show(results["scoring"], peak)
-    if "generation" in args.stages:
-        settings = (args.model, min(64, args.queries), args.rounds)
-        results["generation"] = [apart(device, generation, device, *settings)]
-        show(results["generation"], peak)
+            reward.append_jsonl(args.out, [rows[0] | machine])
     print(json.dumps(results | machine))
 
 

@@ -194,6 +194,12 @@ def rss(name: str) -> int:
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result, from a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def peak_memory(way: str, name: str, number: int) -> float:
     """GiB that one step takes at its peak beyond the model, measured in a fresh process."""
     policy = build(name)
@@ -211,10 +217,7 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
 
 def measure(name: str, number: int, steps: int) -> dict[str, Any]:
     """Ratios and peak memory of one model at one batch size."""
-    memory = {}
-    for way in WAYS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[way] = round(pool.apply(peak_memory, (way, name, number)), 3)
+    memory = {way: round(in_new_process(peak_memory, way, name, number), 3) for way in WAYS}
     policy = build(name)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in range(-1, steps):  # the first round warms up

@@ -37,6 +37,7 @@ import math
 import sys
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
+from inspect import signature
 from operator import itemgetter
 from pathlib import Path
 from statistics import median_low
@@ -70,6 +71,13 @@ def plackett_luce(scores: Tensor, present: Tensor) -> Tensor:
     return (rest - scores).masked_fill(~present, 0).sum(1)
 
 
+def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """s_i - s_j, and whether r_i > r_j, for all pairs of a query: (B, l), (B, l) -> (B, l, l) each."""
+    better = rewards[:, :, None] > rewards[:, None, :]  # never with NaN
+    scores = scores.masked_fill(rewards.isnan(), 0)  # NaN, even times zero, would reach gradients
+    return scores[:, :, None] - scores[:, None, :], better
+
+
 def sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float) -> Tensor:
     """Imitates the response with the highest reward, and uses no other."""
     return alpha * best_nll(sum_logps, rewards)
@@ -84,12 +92,11 @@ def gated_sft(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: floa
 def rrhf(
     avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, alpha: float, sft_reduction: str = "sum"
 ) -> Tensor:
-    """RRHF: the sum of max(0, p_i - p_j) over pairs with r_i < r_j, plus the SFT term, of sums or means."""
-    below = rewards[:, :, None] < rewards[:, None, :]  # (B, l, l); never with NaN
-    hinge = (avg_logps[:, :, None] - avg_logps[:, None, :]).clamp(min=0)
+    """RRHF: the sum of max(0, p_j - p_i) over pairs with r_i > r_j, plus the SFT term, of sums or means."""
+    lead, better = leads(avg_logps, rewards)
+    hinge = (-lead).clamp(min=0)
     logps = sum_logps if sft_reduction == "sum" else avg_logps
-    rank_loss = (hinge * below).sum((1, 2))
-    return rank_loss + alpha * best_nll(logps, rewards)
+    return (hinge * better).sum((1, 2)) + alpha * best_nll(logps, rewards)
 
 
 def pro(
@@ -128,13 +135,6 @@ def dpo(
     """DPO: the order should be likely where a response scores beta (sum_logps - reference_logps), (B, l)."""
     scores = beta * (sum_logps - reference_logps)
     return plackett_luce(scores, rewards.isfinite()) + alpha * best_nll(sum_logps, rewards)
-
-
-def leads(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """s_i - s_j, and whether r_i > r_j, for all pairs of a query: (B, l), (B, l) -> (B, l, l) each."""
-    better = rewards[:, :, None] > rewards[:, None, :]  # never with NaN
-    scores = scores.masked_fill(rewards.isnan(), 0)  # NaN, even times zero, would reach gradients
-    return scores[:, :, None] - scores[:, None, :], better
 
 
 def simpo(
@@ -228,7 +228,7 @@ def released_clha_loss(
 
 def released_loss_fn(config: "BaselineConfig") -> clha.Loss:
     """The mean of the released loss over a pack's micro-batches; a last single query has half the weight."""
-    settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha")}
+    settings = loss_settings(config)
 
     def loss_fn(avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         totals: dict[str, Any] = {}
@@ -259,19 +259,17 @@ class BaselineConfig(clha.Config):
     sft_reduction: Literal["sum", "mean"] = clha.option("sum", "RRHF's SFT term: sum (paper) or mean (code)")
 
 
-READ_BY = {  # the settings of the loss, and the objectives that read them
-    "margin": ("released",),
-    "min_reward_gap": ("released",),
-    "gate": (),
-    "alpha": ("gated_sft", "rrhf", "pro", "dpo", "simpo", "cpo", "odpo", "lipo", "released"),
-    "beta": ("dpo", "simpo", "cpo", "odpo", "lipo"),
-    "gamma": ("simpo",),
-    "temperatures": ("pro",),
-    "sft_reduction": ("rrhf",),
-}
-ALPHAS = dict.fromkeys(("sft", "rrhf", "coh", "cpo"), 1.0) | dict.fromkeys(
-    ("dpo", "simpo", "odpo", "lipo"), 0.0
+LOSS_SETTINGS = (
+    "margin",
+    "min_reward_gap",
+    "gate",
+    "alpha",
+    "beta",
+    "gamma",
+    "temperatures",
+    "sft_reduction",
 )
+ALPHAS = {"sft": 1.0, "rrhf": 1.0, "coh": 1.0, "cpo": 1.0, "dpo": 0.0, "simpo": 0.0, "odpo": 0.0, "lipo": 0.0}
 REFERENCED = ("dpo", "odpo", "lipo")  # their records need "reference_logps"
 RELEASED = {"margin": 3.0, "min_reward_gap": 3.0}  # one literal 3 of the released code is both
 
@@ -284,12 +282,15 @@ def default_alpha(config: BaselineConfig) -> float:
     return 0.05 * (length - 1) ** 2
 
 
+def loss_settings(config: BaselineConfig) -> dict[str, Any]:
+    """The settings that the function of the objective takes."""
+    taken = signature(OBJECTIVES.get(config.objective, released_clha_loss)).parameters
+    return {name: getattr(config, name) for name in LOSS_SETTINGS if name in taken}
+
+
 def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
     """The mean of an objective over a pack's queries, in the form in which `clha.train` calls it."""
-    own = ("beta", "gamma", "temperatures", "sft_reduction")
-    names = [name for name in own if config.objective in READ_BY[name]]
-    settings = {name: getattr(config, name) for name in names}
-    objective = partial(OBJECTIVES[config.objective], alpha=config.alpha, **settings)
+    objective = partial(OBJECTIVES[config.objective], **loss_settings(config))
 
     def loss_fn(
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, **more: Tensor
@@ -307,8 +308,11 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
 def train(config: BaselineConfig) -> None:
     """A whole run of `clha.train`. Raises InputError for settings that the objective does not read."""
     objective = config.objective
-    changed = [name for name in READ_BY if getattr(config, name) != getattr(BaselineConfig, name)]
-    unread = ", ".join(name for name in changed if objective not in READ_BY[name])
+    read = loss_settings(config)
+    if objective in ("sft", "coh"):  # nothing but the SFT term: its weight is 1
+        del read["alpha"]
+    changed = [name for name in LOSS_SETTINGS if getattr(config, name) != getattr(BaselineConfig, name)]
+    unread = ", ".join(name for name in changed if name not in read)
     if unread:
         raise InputError(f"--objective {objective}: does not use {unread}")
     if config.beta <= 0:

@@ -68,15 +68,18 @@ def main() -> None:
         tokenizer = clha.load_tokenizer(f"{folder}/init")
         records = list(clha.iter_records(f"{folder}/train.jsonl"))
     for record in records:  # in this world the true reward of any text is known
-        record["rewards"] = [toy.gold(record["prompt"], response) for response in record["responses"]]
+        record["rewards"] = toy.golds(record)
+    config = clha.Config("", "", "")
     examples = []
     for question, responses in (("How?", ["Go on.", "Stop.", "No."]), ("Why?", ["So.", "No."])):
         prompt = [{"role": "user", "content": question}]
         record = {"id": question, "prompt": prompt, "responses": responses}
-        examples.append(clha.encode(record, tokenizer, clha.Config("", "", "")))
-    config = clha.Config("", "", "")
-    figures = {"mask": mask(examples, tokenizer), "hinge": hinge(config.margin)}
-    figures["rewards"] = reward.draw_rewards(records)
+        examples.append(clha.encode(record, tokenizer, config))
+    figures = {
+        "mask": mask(examples, tokenizer),
+        "hinge": hinge(config.margin),
+        "rewards": reward.draw_rewards(records),
+    }
     for name, figure in figures.items():
         reward.save_picture(figure, str(args.out / f"{name}.png"))
     print(f"drew {', '.join(figures)} into {args.out}")

@@ -29,6 +29,12 @@ ENDPOINTS = {  # of the protocol: the question, and the row that should be worse
     "the filter": "CLHA w/o filter",
     "the contrast": "gated SFT",
 }
+CLAIMS = {  # what it means that they hold
+    "CLHA - PRO": "CLHA has a higher gold than PRO, both tuned",
+    "the gate": "Leaving out the imitation of bad best responses helps, next to the contrast",
+    "the filter": "Leaving out pairs that are close in reward helps",
+    "the contrast": "CLHA has a higher gold than gated SFT, each tuned to its own weight and rate",
+}
 PAPERS = run.PAPERS
 NEITHER = "CLHA w/o gate and filter"
 EXPLORATORY = {  # what is asked, and the row with it and the one without
@@ -94,20 +100,21 @@ def mean_of(values: list[float]) -> Mean | None:
     return Mean(statistics.mean(values), error, len(values))
 
 
-def difference(first: Seeds, second: Seeds, name: str = "gold") -> Mean | None:
-    """The score of `first` minus that of `second`, over the seeds that both have."""
-    return mean_of([row[name] - second[seed][name] for seed, row in first.items() if seed in second])
+def difference(first: Seeds, second: Seeds) -> Mean | None:
+    """The gold of `first` minus that of `second`, over the seeds that both have."""
+    return mean_of([row["gold"] - second[seed]["gold"] for seed, row in first.items() if seed in second])
+
+
+def lead(rows: dict[str, Seeds], label: str, other: str) -> Mean | None:
+    """The same of two methods; None where one of them has no rows."""
+    return difference(rows.get(label, {}), rows.get(other, {}))
 
 
 def holm(values: list[float]) -> list[float]:
     """p-values corrected together: the smallest times their number, the next times one less, and so on."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    corrected = [1.0] * len(values)
-    largest = 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, values[i] * (len(values) - place)))
-        corrected[i] = largest
-    return corrected
+    p, order = torch.tensor(values, dtype=torch.float64).sort()
+    corrected = (p * torch.arange(len(p), 0, -1)).cummax(0).values.clamp(max=1)
+    return corrected[order.argsort()].tolist()
 
 
 def verdict(gain: Mean, p: float) -> str:
@@ -169,7 +176,7 @@ def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
     missing = [label for label in ("CLHA", *ENDPOINTS.values()) if label not in rows]
     if missing:
         raise InputError(f"fresh.jsonl: has no run of {missing[0]}; `python -m study.run compare` makes them")
-    gains = [difference(rows["CLHA"], rows[worse]) for worse in ENDPOINTS.values()]
+    gains = [lead(rows, "CLHA", worse) for worse in ENDPOINTS.values()]
     corrected = holm([gain.p() for gain in gains])
     found = zip(ENDPOINTS, gains, corrected, strict=True)
     return [Endpoint(name, gain, p, verdict(gain, p)) for name, gain, p in found]
@@ -181,29 +188,26 @@ def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     for endpoint in found:
         low, high = over_tasks(rows["CLHA"], rows[ENDPOINTS[endpoint.name]])
         gain = endpoint.gain
-        inner = ""
-        if gain.seeds > 1:
-            inner = f"{gain.mean - gain.half(0.9):+.2f} to {gain.mean + gain.half(0.9):+.2f}"
-        numbers = [cell(gain, "+.2f"), inner, shown(gain.p())]
-        numbers += [shown(endpoint.p), f"{low:+.2f} to {high:+.2f}"]
+        half = gain.half(0.9)
+        inner = f"{gain.mean - half:+.2f} to {gain.mean + half:+.2f}" if gain.seeds > 1 else ""
+        numbers = [
+            cell(gain, "+.2f"),
+            inner,
+            shown(gain.p()),
+            shown(endpoint.p),
+            f"{low:+.2f} to {high:+.2f}",
+        ]
         lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**"])
     return evaluate.markdown(lines)
 
 
 def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     """The page in five lines."""
-    meanings = {
-        "CLHA - PRO": "CLHA has a higher gold than PRO, both tuned",
-        "the gate": "Leaving out the imitation of bad best responses helps, next to the contrast",
-        "the filter": "Leaving out pairs that are close in reward helps",
-        "the contrast": "CLHA has a higher gold than gated SFT, each tuned to its own weight and rate",
-    }
     lines = []
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
-        lines.append(f"- *{meanings[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    others = {label: difference(rows["CLHA"], rows.get(label, {})) for label in run.GRIDS if label != "CLHA"}
-    behind, ahead, level = sides(others)
+        lines.append(f"- *{CLAIMS[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
+    behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in run.GRIDS if label != "CLHA"})
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by uncorrected intervals: {told}.")
     return "\n".join(lines) + "\n"
@@ -226,23 +230,20 @@ def method_table(rows: dict[str, Seeds]) -> str:
     lines = [["method", *names.values(), "CLHA minus it, gold", "tokens", "time", "seeds"]]
     clha_rows = rows["CLHA"]
     for label, seeds in rows.items():
-        lead = "" if label == "CLHA" else cell(difference(clha_rows, seeds), "+.2f")
+        ahead = "" if label == "CLHA" else cell(difference(clha_rows, seeds), "+.2f")
         costs = []
         for name in ("tokens", "seconds"):
-            shares = [
-                row[name] / clha_rows[seed][name]
-                for seed, row in seeds.items()
-                if name in row and seed in clha_rows
-            ]
+            both = [seed for seed, row in seeds.items() if name in row and seed in clha_rows]
+            shares = [seeds[seed][name] / clha_rows[seed][name] for seed in both]
             costs.append(f"{statistics.median(shares):.1f}" if shares else "")
         cells = [cell(score(seeds, name)) for name in names]
-        lines.append([f"**{label}**" if label == "CLHA" else label, *cells, lead, *costs, str(len(seeds))])
+        lines.append([f"**{label}**" if label == "CLHA" else label, *cells, ahead, *costs, str(len(seeds))])
     return evaluate.markdown(lines)
 
 
 def exploratory(rows: dict[str, Seeds]) -> dict[str, Mean | None]:
     """What parts of the method add, elsewhere than in the endpoints and in CLHA minus a row."""
-    return {name: difference(*(rows.get(label, {}) for label in two)) for name, two in EXPLORATORY.items()}
+    return {name: lead(rows, *two) for name, two in EXPLORATORY.items()}
 
 
 def exploratory_table(rows: dict[str, Seeds]) -> str:
@@ -255,10 +256,8 @@ def subset_table(rows: dict[str, Seeds], name: str) -> str:
     """A score by subset, as in the columns of the paper's Tables 2 and 3."""
     lines = [["method", *toy.SUBSETS, "Total"]]
     for label, seeds in rows.items():
-        cells = []
-        for subset in toy.SUBSETS:
-            cells.append(cell(mean_of([row["subsets"][subset][name] for row in seeds.values()])))
-        lines.append([label, *cells, cell(score(seeds, name))])
+        found = [[row["subsets"][subset][name] for row in seeds.values()] for subset in toy.SUBSETS]
+        lines.append([label, *(cell(mean_of(values)) for values in found), cell(score(seeds, name))])
     return evaluate.markdown(lines)
 
 
@@ -269,9 +268,8 @@ def parts_table(rows: dict[str, Seeds], key: str) -> str:
         found = [row[key] for row in seeds.values() if key in row]
         if found:
             lines = lines or [["method", *found[0]]]
-            lines.append(
-                [label, *(f"{statistics.mean(row[name] for row in found):.2f}" for name in found[0])]
-            )
+            means = [statistics.mean(row[name] for row in found) for name in found[0]]
+            lines.append([label, *(f"{mean:.2f}" for mean in means)])
     return evaluate.markdown(lines) if lines else ""
 
 
@@ -281,9 +279,8 @@ def likelihood_table(rows: dict[str, Seeds]) -> str:
     for label, seeds in rows.items():
         best, worst = score(seeds, "logps/chosen"), score(seeds, "logps/rejected")
         if best and worst and label != "CoH":  # whose texts are others
-            lines.append(
-                [label, *(f"{value:.2f}" for value in (best.mean, worst.mean, best.mean - worst.mean))]
-            )
+            values = (best.mean, worst.mean, best.mean - worst.mean)
+            lines.append([label, *(f"{value:.2f}" for value in values)])
     return evaluate.markdown(lines)
 
 
@@ -302,15 +299,12 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
     """Where gate, filter and both raise or lower gold."""
     lines = []
     for name, label in GAINS.items():
-        gains = {}
-        for world, rows in worlds.items():
-            gains[world] = difference(rows.get(label, {}), rows.get(NEITHER, {}))
-        above, below, _ = sides(gains)
+        above, below, _ = sides({world: lead(rows, label, NEITHER) for world, rows in worlds.items()})
         lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
-    lead = difference(*(worlds.get("even errors", {}).get(label, {}) for label in ("CLHA", "SFT")))
-    if lead:
-        found = "as expected" if abs(lead.mean) <= lead.half() else "against what was expected"
-        lines.append(f"- *the control, even errors*: CLHA - SFT is {cell(lead, '+.2f')}, **{found}**.")
+    control = lead(worlds.get("even errors", {}), "CLHA", "SFT")
+    if control:
+        found = "as expected" if abs(control.mean) <= control.half() else "against what was expected"
+        lines.append(f"- *the control, even errors*: CLHA - SFT is {cell(control, '+.2f')}, **{found}**.")
     return "\n".join(lines) + "\n"
 
 
@@ -320,7 +314,7 @@ def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
     for world, rows in worlds.items():
         neither = rows.get(NEITHER, {})
         sft = {seed: row for seed, row in rows.get("SFT", {}).items() if seed in neither}
-        gains = [difference(rows.get(label, {}), neither) for label in GAINS.values()]
+        gains = [lead(rows, label, NEITHER) for label in GAINS.values()]
         gains.append(difference(rows.get("CLHA", {}), sft))
         cells = [cell(score(seeds, "gold")) for seeds in (sft, neither)]
         cells += [cell(gain, "+.2f") for gain in gains]
@@ -337,7 +331,7 @@ def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
     for place, (name, (marker, color)) in enumerate(styles.items()):
         style = {"color": "black", "markerfacecolor": color, "marker": marker}
         for height, rows in enumerate(worlds.values()):
-            gain = difference(rows.get(GAINS[name], {}), rows.get(NEITHER, {}))
+            gain = lead(rows, GAINS[name], NEITHER)
             if gain:  # not every row is run yet
                 half = gain.half() if gain.seeds > 1 else 0
                 axes.errorbar(gain.mean, height + 0.22 * (place - 1), xerr=half, capsize=2, **style)
@@ -351,19 +345,14 @@ def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
 
 def tuning_table(tuning: list[Record]) -> str:
     """Mean dev gold of every setting; the chosen ones in bold."""
-    golds: dict[str, list[float]] = {}
-    for row in tuning:
-        golds.setdefault(row["settings"], []).append(row["gold"])
+    golds = run.dev_golds(tuning)
     best = {run.settings_name(settings) for settings in run.chosen(tuning).values()}
     lines = [["method", "settings", "dev gold"]]
     for method, grid in run.GRIDS.items():
-        for settings in grid:
-            name = run.settings_name(settings)
-            if len(golds.get(name, [])) == len(run.TUNING_SEEDS):
+        for name in map(run.settings_name, grid):
+            if name in golds:
                 mark = "**" if name in best else ""
-                lines.append(
-                    [method, f"{mark}{name.split(' ', 1)[1]}{mark}", f"{statistics.mean(golds[name]):.2f}"]
-                )
+                lines.append([method, f"{mark}{name.split(' ', 1)[1]}{mark}", f"{golds[name]:.2f}"])
     return evaluate.markdown(lines)
 
 
@@ -385,10 +374,9 @@ def edges(tuning: list[Record]) -> str:
 def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
     """A forest plot: the endpoints, then CLHA minus every other row, with 95 % intervals."""
     pyplot = reward.import_pyplot()
-    others = [label for label in rows if label not in ("CLHA", "base", *ENDPOINTS.values())]
-    gains = {
-        f"CLHA - {label}": difference(rows["CLHA"], rows[label]) for label in others if PAPERS not in label
-    }
+    shown_above = ("CLHA", "base", *ENDPOINTS.values())
+    others = [label for label in rows if label not in shown_above and PAPERS not in label]
+    gains = {f"CLHA - {label}": lead(rows, "CLHA", label) for label in others}
     items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
     items += [(name, gain, "o") for name, gain in (gains | exploratory(rows)).items() if gain]
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(items)), layout="constrained")

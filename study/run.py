@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -119,17 +120,22 @@ def settings_name(settings: Settings) -> str:
     return " ".join([values.pop("objective"), *(f"{name}={value:g}" for name, value in values.items())])
 
 
-def chosen(tuning: list[Record]) -> dict[str, Settings]:
-    """The settings with the highest mean dev gold of each method that is tuned to the end."""
+def dev_golds(tuning: list[Record]) -> dict[str, float]:
+    """The mean dev gold of all settings that have run on every tuning seed, by `settings_name`."""
     golds: dict[str, dict[int, float]] = {}
     for row in tuning:
         golds.setdefault(row["settings"], {})[row["seed"]] = row["gold"]
+    whole = {name: own for name, own in golds.items() if own.keys() == {*TUNING_SEEDS}}
+    return {name: statistics.mean(own.values()) for name, own in whole.items()}
+
+
+def chosen(tuning: list[Record]) -> dict[str, Settings]:
+    """The settings with the highest mean dev gold of each method that is tuned to the end."""
+    golds = dev_golds(tuning)
     best: dict[str, Settings] = {}
     for method, settings in GRIDS.items():
-        found = [golds.get(settings_name(values), {}) for values in settings]
-        if all(values.keys() == {*TUNING_SEEDS} for values in found):
-            means = [statistics.mean(values.values()) for values in found]
-            best[method] = settings[means.index(max(means))]
+        if all(settings_name(values) in golds for values in settings):
+            best[method] = max(settings, key=lambda values: golds[settings_name(values)])
     return best
 
 
@@ -163,7 +169,7 @@ class World:
 
 def toy_world(out: Path, seed: int, name: str = MAIN) -> World:
     """One of the WORLDS; those of a seed share the base model, and reward models if their data are alike."""
-    options = WORLDS[name] | {}
+    options = dict(WORLDS[name])
     rewards = options.pop("rewards", "raw")
     home = out / f"seed-{seed}"
     folder = home / name
@@ -312,9 +318,8 @@ def measure(world: World, settings: Settings, seed: int, split: str, out: Path) 
     row["anatomy"] = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
     if objective == "base":
         row["rescoring"] = rescoring(reward.read_records(world.train_data, ["rewards"]))
-        row["rescoring"]["mean reward"] = reward.read_json(
-            world.rm_train / "training.json", {"mean_reward": float}, "a report of reward.py"
-        )["mean_reward"]
+        report = json.loads((world.rm_train / "training.json").read_text())
+        row["rescoring"]["mean reward"] = report["mean_reward"]
         return row
     log = [line for _, line in clha.read_jsonl(out / "metrics.jsonl")]
     row["seconds"] = seconds
@@ -338,7 +343,7 @@ def rescoring(records: list[Record]) -> dict[str, float]:
     """What rescoring sees of scored toy records: shares of queries, and of pairs whose gold differs."""
     ranked = [clha.rank(record) for record in records]
     rewards = torch.tensor([record["rewards"] for record in ranked])  # (B, l)
-    gold = torch.tensor([[toy.gold(row["prompt"], text) for text in row["responses"]] for row in ranked])
+    gold = torch.tensor([toy.golds(record) for record in ranked])
     keep, gate = clha.rescore(rewards, clha.Config.min_reward_gap)
     ahead = gold[:, :, None] - gold[:, None, :]  # (B, l, l)
     differ = (ahead != 0).triu(1)
@@ -457,9 +462,7 @@ def main() -> None:
     parser = reward.Parser(description=__doc__)
     for name, run in (("tune", tune), ("compare", compare), ("vary", vary)):
         flag = parser.add_command(name, run)
-        flag(
-            "--out", type=Path, default=Path("out/study"), help="folder for the rows, and for worlds and runs"
-        )
+        flag("--out", type=Path, default=Path("out/study"), help="folder for rows, worlds and runs")
         flag("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each")
         known = [*GRIDS] if name == "tune" else None
         flag("--methods", nargs="+", choices=known, help="only these rows, such as CLHA PRO")

@@ -200,6 +200,11 @@ def gold(prompt: list[Turn], response: str) -> float:
     return max(score, LOWEST) if seen else LOWEST
 
 
+def golds(record: Record) -> list[float]:
+    """The true rewards of a record's responses."""
+    return [gold(record["prompt"], response) for response in record["responses"]]
+
+
 def anatomy(prompt: list[Turn], response: str) -> dict[str, float]:
     """What a response is made of: words, right steps (of 3), usual mistake (0 or 1), invented sentences.
 
@@ -307,7 +312,7 @@ def sample_split(seed: int, split: str, part: str, size: int, length: int, kind:
         record = sample_record(rng, part, length, kind)
         if kind.hopeless is not None:
             hopeless = rng.random() < kind.hopeless
-            while hopeless != all(gold(record["prompt"], text) <= 0 for text in record["responses"]):
+            while hopeless != (max(golds(record)) <= 0):
                 record = sample_record(rng, part, length, kind)
         if part == "train" or record["prompt"] not in asked:
             record["id"] = f"{split}-{len(records)}"
@@ -410,8 +415,7 @@ def make(args: argparse.Namespace) -> None:
         raise InputError(f"--label_noise {args.label_noise}: must be a share, 0 to 1")
     if not 2 <= args.length <= 8:
         raise InputError(f"--length {args.length}: must be 2 to 8 responses")
-    options = {"label_noise": args.label_noise, "length": args.length, "queries": args.queries}
-    write(args.out, args.seed, **options)
+    write(args.out, args.seed, label_noise=args.label_noise, length=args.length, queries=args.queries)
     print(f"{args.out}: an untrained model, and the records of seed {args.seed}")
 
 
