@@ -57,9 +57,7 @@ def make_data(folder: Path) -> None:
 class Trial:
     """A run of clha.py: `start` starts it, or resumes it."""
 
-    def __init__(
-        self, args: Namespace, name: str, steps: int, model: str = "dropout", replicate: int = 1
-    ) -> None:
+    def __init__(self, args: Namespace, name: str, steps: int, **more: Any) -> None:
         data = args.out / "data"
         self.out = args.out / name
         self.processes = args.processes
@@ -68,7 +66,7 @@ class Trial:
         self.steps = steps
         self.killed = 0.0  # when it was killed last
         settings = {
-            "model": data / model,
+            "model": data / "dropout",
             "train_data": data / "scored.jsonl",
             "dev_data": data / "dev.jsonl",
             "output_dir": self.out,
@@ -79,10 +77,9 @@ class Trial:
             "pack_tokens": 512,
             "checkpoint_every": 10,
             "eval_every": 15,
-            "replicate": replicate,
             "deterministic": args.deterministic,
         }
-        self.flags = [f"--{flag}={value}" for flag, value in settings.items()]
+        self.flags = [f"--{flag}={value}" for flag, value in (settings | more).items()]
 
     def start(self, processes: int = 0, restarts: int = 0, port: int = 0) -> None:
         """Starts a torchrun with so many processes, or with a port two torchruns of a process each."""
@@ -190,7 +187,7 @@ MOMENTS = ("starting", "training", "saving", "training")  # in turn
 def kills(args: Namespace) -> Result:
     """Kills a run at random moments; counts what had to be done twice."""
     reference = undisturbed(args, args.steps)
-    generator = random.Random(args.seed)
+    generator = random.Random(0)
     trial = Trial(args, "kills/run", args.steps)
     counts: Counter[str] = Counter()
     trial.start(restarts=args.kills)
@@ -233,10 +230,11 @@ def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
 def resize(args: Namespace) -> Result:
     """From step 20 to 40 on other numbers of processes; without dropout, which is each process's own."""
     result: Result = {}
-    start = load_file(args.out / "data" / "init" / "model.safetensors")
+    init = args.out / "data" / "init"
+    start = load_file(init / "model.safetensors")
     for before, after in ((2, 1), (1, 2)):
-        trial = Trial(args, f"resize/{before}", 40, "init")
-        resized = Trial(args, f"resize/{before}-{after}", 40, "init")
+        trial = Trial(args, f"resize/{before}", 40, model=init)
+        resized = Trial(args, f"resize/{before}-{after}", 40, model=init)
         trial.start(before)
         trial.stop(20)
         shutil.copytree(trial.out, resized.out)
@@ -285,7 +283,7 @@ def disk(args: Namespace) -> Result:
 
 def machines(args: Namespace) -> Result:
     """A process of one of two "machines" is killed three times; both torchruns start theirs again."""
-    generator = random.Random(args.seed)
+    generator = random.Random(0)
     trials = []
     for number in (0, 3):
         trial = Trial(args, f"machines/{number}", 200, replicate=2)
@@ -305,13 +303,13 @@ TRIALS = {"kills": kills, "resize": resize, "disk": disk, "machines": machines}
 def main() -> None:
     """Makes the data, and runs the trials that are wanted."""
     parser = reward.Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="some of the trials")
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
-    parser.add_argument("--steps", type=int, default=1500, help="of the run that is killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--processes", type=int, default=2, help="of `kills`; 1 on a machine with one GPU")
-    parser.add_argument("--deterministic", action="store_true", help="for the same bits on a GPU")
-    parser.add_argument("--out", type=Path, default=Path("out/chaos"), help="folder for the runs")
+    flag = parser.add_argument
+    flag("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="some of the trials")
+    flag("--kills", type=int, default=50, help="SIGKILLs")
+    flag("--steps", type=int, default=1500, help="of the run that is killed")
+    flag("--processes", type=int, default=2, help="of `kills`; 1 on a machine with one GPU")
+    flag("--deterministic", action="store_true", help="for the same bits on a GPU")
+    flag("--out", type=Path, default=Path("out/chaos"), help="folder for the runs")
     args = parser.parse_args()
     reward.check_numbers(args, positive=("kills", "steps", "processes"))
     reward.check_output(args.out, "folder")

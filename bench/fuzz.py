@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,7 @@ def seeds() -> list[bytes]:
     """A good file for each reader."""
     found = []
     for number, (name, _, text) in enumerate(READERS):
-        content = text.encode()
-        if name.endswith(".gz"):
-            content = gzip.compress(content)
+        content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
         found.append(bytes([number]) + content)
     return found
 
@@ -157,16 +155,12 @@ ODD = [
 ]
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every place in nested lists and objects, as (container, index or key)."""
-    found: list[tuple[Any, Any]] = []
-    containers = [value]
-    while containers:
-        container = containers.pop()
-        keys = container if isinstance(container, dict) else range(len(container))
-        found += [(container, key) for key in keys]
-        containers += [container[key] for key in keys if isinstance(container[key], dict | list)]
-    return found
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
 
 
 def put_odd_value(data: bytes, generator: random.Random) -> bytes | None:
@@ -175,7 +169,7 @@ def put_odd_value(data: bytes, generator: random.Random) -> bytes | None:
     number = generator.randrange(len(lines))
     try:
         root = [json.loads(lines[number])]
-        container, key = generator.choice(places(root))
+        container, key = generator.choice(list(places(root)))
         container[key] = "HERE"
         text = json.dumps(root[0])
     except (ValueError, RecursionError):

@@ -42,8 +42,7 @@ CARDS = {  # bytes of memory, FLOP/s in bfloat16 without sparsity, as their make
     "other": (0, 0),
     "cpu": (0, 0),
 }
-
-ASSUMED = (0.3, 0.5)  # shares of a card's FLOP/s, where no rate is measured
+ASSUMED = (0.5, 0.3)  # shares of a card's FLOP/s, where no rate is measured
 
 # ------------------------------------------------------------------------------------------------------------
 # Memory
@@ -214,11 +213,9 @@ def make_plan(config: clha.Config, kind: str, nproc: int, room: float = 0, peak:
 
 def find_rate(rates: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
     """The rate of this kind of machine nearest to a run, by processes and then by the model's size."""
-
-    def distance(rate: dict[str, Any]) -> tuple[bool, int]:
-        return rate["processes"] != plan.nproc, abs(rate["parameters"] - plan.parameters)
-
-    return min((rate for rate in rates if plan.kind in rate["kind"].lower()), key=distance, default=None)
+    own = [rate for rate in rates if plan.kind in rate["kind"].lower()]
+    own.sort(key=lambda rate: (rate["processes"] != plan.nproc, abs(rate["parameters"] - plan.parameters)))
+    return own[0] if own else None
 
 
 def hours_at(flops_per_s: float, plan: Plan) -> float:
@@ -235,8 +232,8 @@ def hours(plan: Plan) -> str:
         text = f"Time: {found:.3g} hours, at the rate measured with {rate['model']} on "
         text += f"{rate['processes']} process(es) of {rate['machine']}."
     if plan.peak:
-        low, high = [hours_at(share * plan.peak, plan) for share in reversed(ASSUMED)]
-        shares = " to ".join(f"{share:.0%}" for share in reversed(ASSUMED))
+        low, high = [hours_at(share * plan.peak, plan) for share in ASSUMED]
+        shares = " to ".join(f"{share:.0%}" for share in ASSUMED)
         text += f"\nAssumed, not measured: {low:.3g} to {high:.3g} hours, at {shares} of the card's "
         text += f"{plan.peak / 1e12:,.0f} TFLOP/s."
     return text

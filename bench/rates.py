@@ -135,10 +135,10 @@ def launch(flags: list[str], processes: int) -> dict[str, Any]:
 
 
 def check(args: Namespace, settings: list[str]) -> None:
-    """Plans the memory of each model on so many processes, and then trains it."""
+    """Plans the memory of each model on one process and on two, and then trains it."""
     print("| model | processes | memory, MB, planned | measured | off |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for processes in args.processes:
+        for processes in (1, 2):
             for name in args.models:
                 flags = ["--models", name, "--steps", str(args.steps), *settings]
                 planned = sum(make_plan(parse(flags, folder)[1], "cpu", processes).memory.values())
@@ -154,10 +154,9 @@ def parse(argv: list[str], folder: str) -> tuple[Namespace, clha.Config | None, 
     flag("--rates", type=Path, default=ROOT / "bench" / "rates.jsonl", help="gets a line")
     flag("--check", action="store_true", help="plan, train and compare on this machine")
     flag("--models", nargs="+", choices=train_step.MODELS, default=train_step.SMALL, help="without --model")
-    flag("--processes", nargs="+", type=int, default=[1, 2], metavar="N", help="of --check")
     flag("--steps", type=int, default=3, metavar="N", help="of a trial")
     args, settings = parser.parse_known_args(argv)
-    reward.check_numbers(args, positive=("steps", "processes"))
+    reward.check_numbers(args, positive=("steps",))
     if args.check:
         return args, None, settings
     if "--model" not in settings:
