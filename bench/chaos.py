@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.utils.distributed import get_free_port
+from transformers import AutoConfig
 
 import clha
 import reward
@@ -49,9 +50,7 @@ def make_data(folder: Path) -> None:
     reward.write_jsonl(folder / "scored.jsonl", records)
     reward.write_jsonl(folder / "dev.jsonl", records[:16])
     shutil.copytree(folder / "init", folder / "dropout")
-    settings = json.loads((folder / "init" / "config.json").read_text())
-    settings["attention_dropout"] = 0.1
-    (folder / "dropout" / "config.json").write_text(json.dumps(settings))
+    AutoConfig.from_pretrained(folder / "init", attention_dropout=0.1).save_pretrained(folder / "dropout")
 
 
 class Trial:
@@ -83,19 +82,16 @@ class Trial:
 
     def start(self, processes: int = 0, restarts: int = 0, port: int = 0) -> None:
         """Starts a torchrun with so many processes, or with a port two torchruns of a process each."""
-        processes = processes or self.processes
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        torchruns = 1
-        where = ["--standalone", f"--nproc_per_node={processes}"]
+        where = ["--standalone", f"--nproc_per_node={processes or self.processes}"]
         if port:
-            torchruns = 2
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             where = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--local_addr=127.0.0.1"]
             where.append(f"--rdzv_endpoint=127.0.0.1:{port}")
         launch = ["-m", "torch.distributed.run", f"--max_restarts={restarts}", *where]
         command = [sys.executable, *launch, "clha.py", *self.flags]
         with self.log.open("a") as log:
-            for _ in range(torchruns):
+            for _ in range(2 if port else 1):
                 self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
     def logged(self) -> list[int]:
@@ -219,8 +215,8 @@ def wait_for(moment: str, trial: Trial, generator: random.Random) -> None:
     began = time.time()
     path = trial.out / "metrics.jsonl"
     trial.until(lambda: newer(path, began) and trial.logged()[-1] > 0)
-    wanted = trial.logged()[-1] + generator.randrange(1, 15)
-    trial.until(lambda: moment == "saving" or trial.logged()[-1] >= wanted)
+    if moment == "training":
+        trial.until_step(trial.logged()[-1] + generator.randrange(1, 15))
     while moment == "saving" and trial.until(trial.saving):
         time.sleep(generator.uniform(0, 0.01))
         if trial.saving():

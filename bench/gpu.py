@@ -163,13 +163,9 @@ def numerics(device: torch.device, tokens: int, family: str) -> list[Row]:
             logps = clha.mean_logps(sum_logps, lengths).detach()
             gradient = torch.cat([weight.grad.to_local().flatten() for weight in policy.parameters()])
             expected = expected or [logps, gradient]
-            row = {
-                "model": family,
-                "dtype": dtype,
-                "attention": attention,
-                "logps_apart_by_nats_per_token": (logps - expected[0]).abs().max().item(),
-                "gradient_apart_by_share": ((gradient - expected[1]).norm() / expected[1].norm()).item(),
-            }
+            row = {"model": family, "dtype": dtype, "attention": attention}
+            row["logps_apart_by_nats_per_token"] = (logps - expected[0]).abs().max().item()
+            row["gradient_apart_by_share"] = ((gradient - expected[1]).norm() / expected[1].norm()).item()
             rows.append(row)
     return rows
 

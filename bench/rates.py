@@ -108,12 +108,10 @@ def stand_in(folder: Path, name: str) -> tuple[Path, Path]:
     """A model folder without weights, of train_step.MODELS, and records as long as HH's: for trials."""
     model = folder / name
     data = folder / "data.jsonl"
-    words = ["the"] * 400  # a token each
     rows = []
     for prompt, *responses in train_step.HH_LENGTHS:
-        content = " ".join(words[: max(1, prompt - 21)])
-        texts = [" ".join(words[: response - 1]) for response in responses]
-        turns = [{"role": "user", "content": content}]
+        turns = [{"role": "user", "content": " ".join(["the"] * max(1, prompt - 21))}]  # a token each
+        texts = [" ".join(["the"] * (response - 1)) for response in responses]
         rows.append({"prompt": turns, "responses": texts, "rewards": [1.0, -1.0]})
     reward.write_jsonl(data, rows)
     train_step.llama(name).save_pretrained(model)

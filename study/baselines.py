@@ -220,9 +220,8 @@ def released_clha_loss(
     metrics = {"loss/rank": rank_loss.detach(), "loss/sft": sft_loss.detach()}
     order = rewards.nan_to_num(nan=-math.inf).argsort(dim=1, descending=True, stable=True)
     sorted_logps = avg_logps.detach().gather(1, order)  # metrics go by reward
-    sorted_rewards = rewards.gather(1, order)
-    for name, value in clha.query_metrics(sorted_logps, sorted_rewards, keep, gate).items():
-        metrics[name] = value.mean()
+    found = clha.query_metrics(sorted_logps, rewards.gather(1, order), keep, gate)
+    metrics |= {name: value.mean() for name, value in found.items()}
     return rank_loss + alpha * sft_loss, metrics
 
 
@@ -296,11 +295,8 @@ def objective_loss_fn(config: BaselineConfig) -> clha.Loss:
         avg_logps: Tensor, sum_logps: Tensor, rewards: Tensor, **more: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = objective(avg_logps, sum_logps, rewards, **more).mean()
-        metrics = {}
-        keep, gate = clha.rescore(rewards, 0.0, use_gate=False)
-        for name, value in clha.query_metrics(avg_logps.detach(), rewards, keep, gate).items():
-            metrics[name] = value.mean()
-        return loss, metrics
+        metrics = clha.query_metrics(avg_logps.detach(), rewards, *clha.rescore(rewards, 0.0, use_gate=False))
+        return loss, {name: value.mean() for name, value in metrics.items()}
 
     return loss_fn
 

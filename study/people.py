@@ -100,12 +100,9 @@ def make_sheet(evaluations: dict[str, Evaluation], items: int, seed: int) -> tup
     key = {}
     for number, item in enumerate(drawn, 1):
         left, right = generator.sample(models, 2)
-        row = {
-            "item": str(number),
-            "prompt": rows[item]["prompt"],
-            "left": evaluations[left][item]["response"],
-            "right": evaluations[right][item]["response"],
-        }
+        row = {"item": str(number), "prompt": rows[item]["prompt"]}
+        row["left"] = evaluations[left][item]["response"]
+        row["right"] = evaluations[right][item]["response"]
         sheet.append(row)
         key[str(number)] = {"id": item, "subset": rows[item]["subset"], "left": left}
     sheet_id = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:12]
@@ -119,9 +116,8 @@ def sheets(args: argparse.Namespace) -> None:
     # Without "<" in the data no response can end the element around it.
     data = json.dumps({"sheet": key["sheet"], "items": sheet}).replace("<", "\\u003c")
     page = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8")
-    texts = {"sheet.html": page.replace("SHEET_DATA", data)}
-    texts["key.json"] = json.dumps(key, indent=2) + "\n"
-    write_folder(args.out, texts)
+    html = page.replace("SHEET_DATA", data)
+    write_folder(args.out, {"sheet.html": html, "key.json": json.dumps(key, indent=2) + "\n"})
     print(f"{len(sheet):,} items in {args.out}; annotators get sheet.html, and not key.json")
 
 
@@ -143,8 +139,7 @@ def read_key(path: str) -> Record:
 
 def read_votes(path: str, key: Record) -> tuple[str, dict[str, str]]:
     """An annotator's name and votes {item: "win", "tie" or "lose"} for the first model. Raises InputError."""
-    need = {"sheet": str, "annotator": str, "answers": dict}
-    file = reward.read_json(path, need, "a file of answers")
+    file = reward.read_json(path, {"sheet": str, "annotator": str, "answers": dict}, "a file of answers")
     if file["sheet"] != key["sheet"]:
         raise InputError(f"{path}: the answers are for {file['sheet']}, the key for {key['sheet']}")
     votes = {}
@@ -290,8 +285,7 @@ def compare(args: argparse.Namespace) -> None:
         raise InputError("compare: needs two folders or more")
     table = [["model", "against", "subset", "n", "win %", "tie %", "lose %"]]
     pages = []
-    for pair in itertools.combinations(read_evaluations(args.folders).items(), 2):
-        (model, rows), (against, others) = pair
+    for (model, rows), (against, others) in itertools.combinations(read_evaluations(args.folders).items(), 2):
         for subset, items in by_subset(rows).items():
             summary = shares([preferred(rows[item], others[item]) for item in items])
             cells = [evaluate.cell(share) for share in summary.values()]
@@ -328,7 +322,6 @@ def main() -> None:
     flag("folders", nargs="+", help="two or more folders of `evaluate.py score`, of the same data")
     flag("--out", default="", help="folder for compare.md and cases.md, as in Table 4")
     flag("--cases", type=int, default=10, help="items per pair in cases.md, the widest gaps")
-
     args = parser.parse_args()
     reward.check_numbers(args)
     args.run(args)

@@ -5,7 +5,6 @@
 They are gray, so that they can be printed. docs/walkthrough.ipynb draws them from its own record.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the pictures")
     args = parser.parse_args()
     reward.check_output(args.out, "folder")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "world"
-        toy.write(folder, seed=0, queries=400)
-        tokenizer = clha.load_tokenizer(f"{folder}/init")
-        records = list(clha.iter_records(f"{folder}/train.jsonl"))
-    for record in records:  # in this world the true reward of any text is known
-        record["rewards"] = toy.golds(record)
+    splits = toy.make_splits(0, queries=400)
+    tokenizer = toy.train_tokenizer(toy.texts_of(splits["pretrain"]))
+    # In this world the true reward of any text is known.
+    records = [record | {"rewards": toy.golds(record)} for record in splits["train"]]
     config = clha.Config("", "", "")
     examples = []
     for question, responses in (("How?", ["Go on.", "Stop.", "No."]), ("Why?", ["So.", "No."])):

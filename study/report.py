@@ -372,7 +372,7 @@ def edges(tuning: list[Record]) -> str:
 
 
 def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
-    """A forest plot: the endpoints, then CLHA minus every other row, with 95 % intervals."""
+    """A forest plot with 95 % intervals: the endpoints, CLHA minus other tuned rows, and `exploratory`."""
     pyplot = reward.import_pyplot()
     shown_above = ("CLHA", "base", *ENDPOINTS.values())
     others = [label for label in rows if label not in shown_above and PAPERS not in label]

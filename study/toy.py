@@ -188,9 +188,7 @@ def gold(prompt: list[Turn], response: str) -> float:
             score += MANNER_POINTS[manner]
         elif sentence in steps:
             step = steps.index(sentence)
-            score += task.points[step]
-            if step < latest:
-                score += MIXED_UP
+            score += task.points[step] + (MIXED_UP if step < latest else 0)
             latest = max(latest, step)
         elif sentence in _ALL_ADVICE:
             score += WRONG
@@ -369,6 +367,11 @@ def train_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **names)
 
 
+def texts_of(records: list[Record]) -> list[str]:
+    """What a language model is trained on: each dialogue with its first response."""
+    return [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in records]
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A random LLaMA of about 0.3 M parameters, fp32; the random state outside is left as it was."""
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -389,8 +392,7 @@ def write(out: str | Path, seed: int, **options: Any) -> None:
     """Writes what `make_splits` makes of these options, and init/, as a new folder, whole or not at all."""
     reward.check_output(out, "new")
     splits = make_splits(seed, **options)
-    texts = [f"{clha.render(record['prompt'])} {record['responses'][0]}" for record in splits["pretrain"]]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts_of(splits["pretrain"]))
     with reward.whole(out) as folder:
         (folder / "init").mkdir(parents=True)
         for split, records in splits.items():
