@@ -174,8 +174,7 @@ def undisturbed(args: Namespace, steps: int) -> Trial:
     return trial
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The trials
+# The trials -------------------------------------------------------------------------------------------------
 
 MOMENTS = ("starting", "training", "saving", "training")  # in turn
 

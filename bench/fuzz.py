@@ -41,8 +41,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "study")  # of the files that a finding is named after
 MODULES = (clha, evaluate, prepare_data, people)
 
-# ------------------------------------------------------------------------------------------------------------
-# The readers: each takes a file's path and gives what it read
+# The readers: each takes a path and gives what it read ------------------------------------------------------
 
 PROMPT = '[{"role": "assistant", "content": "What?"}, {"role": "user", "content": "How?"}]'
 RECORD = (
@@ -145,8 +144,7 @@ def read(data: bytes, folder: Path) -> None:
         json.dumps(reader(path), ensure_ascii=False).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Fuzzing
+# Fuzzing ----------------------------------------------------------------------------------------------------
 
 ODD = [
     *("null", "true", "-1", "2", "1.5", "1e30", "1e39", "NaN", "-Infinity", "9" * 40, "9" * 4400, "[" * 3000),

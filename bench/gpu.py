@@ -135,8 +135,7 @@ def apart(device: torch.device, function: Callable[..., Any], *arguments: Any) -
     return function(*arguments) if device.type == "cpu" else train_step.in_new_process(function, *arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stages: each gives rows of a table
+# Stages: each gives rows of a table -------------------------------------------------------------------------
 
 
 def numerics(device: torch.device, tokens: int, family: str) -> list[Row]:

@@ -44,8 +44,7 @@ CARDS = {  # bytes of memory, FLOP/s in bfloat16 without sparsity, as their make
 }
 ASSUMED = (0.5, 0.3)  # shares of a card's FLOP/s, where no rate is measured
 
-# ------------------------------------------------------------------------------------------------------------
-# Memory
+# Memory -----------------------------------------------------------------------------------------------------
 
 PARTS = {  # the tracker's names, and what they are
     "Sharded Param": "weights, sharded: fp32, but bf16 where they do not train",
@@ -100,8 +99,7 @@ def memory(
     return {part: peak.get(part, 0) for part in PARTS}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Work and hours
+# Work and hours ---------------------------------------------------------------------------------------------
 
 
 def flops_per_token(parameters: int, trained: int) -> float:

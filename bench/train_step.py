@@ -29,8 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 import clha
 import reward
 
-# ------------------------------------------------------------------------------------------------------------
-# Models and queries to measure with, here and in the other programs
+# Models and queries to measure with, here and in the other programs -----------------------------------------
 
 # prompt/chosen/rejected of 64 HH-RLHF dev queries, in LLaMA tokens with EOS, cut as in clha.py
 _LENGTHS = """
@@ -91,8 +90,7 @@ def random_policy(model: PretrainedConfig, config: clha.Config, device: torch.de
     return policy
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The four ways
+# The four ways ----------------------------------------------------------------------------------------------
 
 # clha.py's defaults; alpha as it is for two responses
 SETTINGS = {"margin": clha.Config.margin, "min_reward_gap": clha.Config.min_reward_gap, "alpha": 0.05}
@@ -168,8 +166,7 @@ def floor(policy: clha.Policy, examples: list[clha.Example]) -> Tensor:
 WAYS: dict[str, Callable[..., Tensor]] = {way.__name__: way for way in (padded, concatenated, ours, floor)}
 RATIOS = [("padded", "ours"), ("concatenated", "ours"), ("ours", "floor")]
 
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
+# Measuring --------------------------------------------------------------------------------------------------
 
 
 def build(name: str) -> clha.Policy:

@@ -52,9 +52,9 @@ import clha
 import reward
 from clha import InputError, Record
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The objectives: avg_logps, sum_logps, rewards (B, l) -> (B,). As in clha.py, responses are ordered best
-#    first, and rewards are NaN where a query has fewer than l. With alpha 0 the ranking term is left.
+# 1. The objectives ------------------------------------------------------------------------------------------
+# avg_logps, sum_logps, rewards (B, l) -> (B,). As in clha.py, responses are ordered best first, and rewards
+# are NaN where a query has fewer than l. With alpha 0 the ranking term is left.
 
 
 def best_nll(logps: Tensor, rewards: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ def lipo(
 FUNCTIONS = (sft, gated_sft, rrhf, pro, coh, dpo, simpo, cpo, odpo, lipo)
 OBJECTIVES = {function.__name__: function for function in FUNCTIONS}
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The release as released. It is no sum over queries: the kept pairs of a micro-batch share one mean.
+# 2. The release as released ---------------------------------------------------------------------------------
+# It is no sum over queries: the kept pairs of a micro-batch share one mean.
 
 MICRO_BATCH = 2  # queries per device and backward pass (train_hh.sh)
 
@@ -243,8 +243,7 @@ def released_loss_fn(config: "BaselineConfig") -> clha.Loss:
     return loss_fn
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Training
+# 3. Training ------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -325,8 +324,7 @@ def train(config: BaselineConfig) -> None:
         clha.train(config, objective_loss_fn(config))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Stages that write record files
+# 4. Stages that write record files --------------------------------------------------------------------------
 
 GOOD = "Good answer:"  # what chain of hindsight calls the responses
 BAD = "Bad answer:"
@@ -403,8 +401,7 @@ def write_changed(args: argparse.Namespace) -> None:
 CHANGES = {"labels": (labels, "chosen"), "ranked": (ranked, "rewards"), "hindsight": (hindsight, "rewards")}
 STAGES = dict.fromkeys(CHANGES, write_changed) | {"reference": write_reference}
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. The command line
+# 5. The command line ----------------------------------------------------------------------------------------
 
 
 def parse_config(argv: list[str]) -> BaselineConfig:

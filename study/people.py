@@ -31,8 +31,7 @@ Evaluation = dict[str, Record]  # id -> its line of responses.jsonl
 ANSWERS = ("left", "right", "tie")
 OUTCOMES = {"win": "#6f9bd1", "tie": "#dcdcdc", "lose": "#eda268"}  # of the first model; colours
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluations
+# Evaluations ------------------------------------------------------------------------------------------------
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -77,8 +76,7 @@ def by_subset(rows: dict[str, Record]) -> dict[str, list[str]]:
     return dict(sorted(groups.items())) | {"Total": list(rows)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sheets
+# Sheets -----------------------------------------------------------------------------------------------------
 
 
 def make_sheet(evaluations: dict[str, Evaluation], items: int, seed: int) -> tuple[list[Record], Record]:
@@ -121,8 +119,7 @@ def sheets(args: argparse.Namespace) -> None:
     print(f"{len(sheet):,} items in {args.out}; annotators get sheet.html, and not key.json")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tally
+# The tally --------------------------------------------------------------------------------------------------
 
 
 def read_key(path: str) -> Record:
@@ -243,8 +240,7 @@ def tally(args: argparse.Namespace) -> None:
         evaluate.write_text(Path(args.out), text)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pairs by reward
+# Pairs by reward --------------------------------------------------------------------------------------------
 
 
 def preferred(row: Record, other: Record) -> str:

@@ -48,8 +48,7 @@ LEVEL = 0.05  # of the endpoints' tests, together
 EQUAL = 0.1  # gold; an effect is called equal to zero if its 90 % interval lies within this
 RESAMPLES = 20_000
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
+# Numbers ----------------------------------------------------------------------------------------------------
 
 
 def tail(t: float, freedom: int) -> float:
@@ -140,8 +139,7 @@ def over_tasks(first: Seeds, second: Seeds) -> tuple[float, float]:
     return low, high
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables
+# Tables -----------------------------------------------------------------------------------------------------
 
 
 def cell(value: Mean | None, form: str = ".2f") -> str:
@@ -213,15 +211,13 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sides(gains: dict[str, Mean | None]) -> tuple[str, str, str]:
+def sides(gains: dict[str, Mean | None]) -> list[str]:
     """The names whose 95 % interval lies above zero, below it, and on it; without those that have none."""
-    groups: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for name, gain in gains.items():
-        if gain:
-            side = 2 if abs(gain.mean) <= gain.half() else int(gain.mean < 0)
-            groups[side].append(name)
-    above, below, on = ("; ".join(names) or "none" for names in groups)
-    return above, below, on
+    found = {name: gain for name, gain in gains.items() if gain}
+    above = [name for name, gain in found.items() if gain.mean > gain.half()]
+    below = [name for name, gain in found.items() if gain.mean < -gain.half()]
+    on = [name for name in found if name not in above + below]
+    return ["; ".join(names) or "none" for names in (above, below, on)]
 
 
 def method_table(rows: dict[str, Seeds]) -> str:
@@ -367,8 +363,7 @@ def edges(tuning: list[Record]) -> str:
     return ", ".join(found) or "none"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
+# The page ---------------------------------------------------------------------------------------------------
 
 
 def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:

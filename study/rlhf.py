@@ -41,8 +41,7 @@ def reward_function(model: reward.RewardModel) -> Callable[..., list[float]]:
     """The reward model as TRL calls it: with the sampled texts, and the columns of the data by name."""
 
     def rewards(completions: list[str], dialogue: list[list[Turn]], **_: Any) -> list[float]:
-        responses = [evaluate.cut_response(text) for text in completions]
-        return model.score(dialogue, responses)
+        return model.score(dialogue, [evaluate.cut_response(text) for text in completions])
 
     return rewards
 

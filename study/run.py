@@ -46,8 +46,7 @@ SMALL = {"batch_size": 64, "pack_tokens": 4096, "activation_checkpointing": "non
 AVERAGED = 4  # checkpoints of a run, SAVE_EVERY steps apart
 SAVE_EVERY = 10
 
-# ------------------------------------------------------------------------------------------------------------
-# What is compared
+# What is compared -------------------------------------------------------------------------------------------
 
 
 def grid(objective: str, **values: tuple[float, ...]) -> list[Settings]:
@@ -150,8 +149,7 @@ def compared(tuning: list[Record]) -> dict[str, Settings]:
     return {"base": {"objective": "base"}} | rows | {"CLHA as released": RELEASED}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Worlds
+# Worlds -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -247,8 +245,7 @@ def data_for(objective: str, world: World, data: Path) -> Path:
         return stage(needed[objective], data, world.folder, *flags)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs
+# Runs -------------------------------------------------------------------------------------------------------
 
 
 def align(world: World, settings: Settings, seed: int, out: Path) -> list[Path]:
@@ -359,8 +356,7 @@ def rescoring(records: list[Record]) -> dict[str, float]:
     return {name: share.float().mean().item() for name, share in shares.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many runs
+# Many runs --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -380,7 +376,9 @@ class Task:
 
 
 def perform(task: Task, out: Path) -> Record:
-    """Trains and measures a run in its world; its row."""
+    """Trains and measures a run in its world, in a process that works beside others; its row."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     start = task.key()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         world = toy_world(out, task.seed, task.world)
@@ -390,19 +388,13 @@ def perform(task: Task, out: Path) -> Record:
     return row
 
 
-def one_thread() -> None:
-    """Prepares a process that works beside others."""
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-
-
 def perform_all(tasks: list[Task], path: Path, args: argparse.Namespace) -> None:
     """Adds the rows of tasks to a file, as they end."""
     done = [{name: row[name] for name in ("world", "seed", "method", "settings")} for row in read_rows(path)]
     todo = [task for task in tasks if task.key() not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of the pool's processes
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs, one_thread)
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
     with pool, tqdm(desc=str(path), total=len(tasks), initial=len(tasks) - len(todo)) as bar:
         for row in pool.imap_unordered(partial(perform, out=args.out), todo):
             reward.append_jsonl(path, [row])

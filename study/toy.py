@@ -28,8 +28,7 @@ import evaluate
 import reward
 from clha import InputError, Record, Turn
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The grammar, as tables
+# 1. The grammar, as tables ----------------------------------------------------------------------------------
 
 HELPFUL = {  # three steps in their right order, and the usual mistake, made in place of the second
     "make tea": ("boil the water", "add the tea leaves", "wait four minutes", "add cold milk"),
@@ -138,8 +137,7 @@ SUBSETS = {  # tasks, the share of dialogues with two user turns, weights of the
     "helpful-rejection-sampled": (tuple(HELPFUL), 0.2, (0.35, 0.50, 0.15)),
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The gold reward
+# 2. The gold reward -----------------------------------------------------------------------------------------
 
 # Points are multiples of 1/4: sums are exact in floating point, and zero is really reached.
 START = -2.0
@@ -220,9 +218,7 @@ def anatomy(prompt: list[Turn], response: str) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Sampling
-
+# 3. Sampling ------------------------------------------------------------------------------------------------
 
 # The part that a pair of task and phrasing belongs to, by the sum of their numbers: training meets every task
 # and every phrasing; of its 14 phrasings a task keeps 2 for dev and 2 for test.
@@ -305,17 +301,14 @@ def sample_split(seed: int, split: str, part: str, size: int, length: int, kind:
     """`size` records of one split, from a random stream of its own; prompts of dev and test never repeat."""
     rng = random.Random(f"{seed}/{split}")
     records: list[Record] = []
-    asked: list[list[Turn]] = []
     while len(records) < size:
         record = sample_record(rng, part, length, kind)
         if kind.hopeless is not None:
             hopeless = rng.random() < kind.hopeless
             while hopeless != (max(golds(record)) <= 0):
                 record = sample_record(rng, part, length, kind)
-        if part == "train" or record["prompt"] not in asked:
-            record["id"] = f"{split}-{len(records)}"
-            records.append(record)
-            asked.append(record["prompt"])
+        if part == "train" or all(record["prompt"] != other["prompt"] for other in records):
+            records.append(record | {"id": f"{split}-{len(records)}"})
     return records
 
 
@@ -348,8 +341,7 @@ def make_splits(
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Tokenizer, model, files
+# 4. Tokenizer, model, files ---------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:

@@ -503,6 +503,8 @@ def test_a_micro_batch_of_two_kept_pairs_weighs_as_much_as_one_of_one() -> None:
         ("rrhf", {"temperatures": False}, "--objective rrhf: does not use temperatures"),
         ("pro", {"sft_reduction": "mean"}, "--objective pro: does not use sft_reduction"),
         ("coh", {"min_reward_gap": 0.0}, "--objective coh: does not use min_reward_gap"),
+        ("coh", {"alpha": 0.5}, "--objective coh: does not use alpha"),
+        ("cpo", {"gamma": 0.5}, "--objective cpo: does not use gamma"),
         ("dpo", {"beta": 0.0}, "--beta 0: must be above 0"),
         ("released", {"gate": False}, "--objective released: does not use gate"),
         ("released", {"batch_size": 7}, "--batch_size 7: must be even"),
