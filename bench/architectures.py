@@ -43,17 +43,6 @@ SIZES = {  # under the names that some architecture has for them; the others ign
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-LATENT = {  # DeepSeek's attention
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64}
 ARCHITECTURES = (
     *("apertus", "arcee", "bamba", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "ernie4_5"),
@@ -67,7 +56,17 @@ ARCHITECTURES = (
 NEEDS: dict[str, dict[str, Any]] = {  # of some, besides SIZES
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
-    "deepseek_v3": LATENT,
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "falcon_h1": MAMBA,
     "gemma2": {"query_pre_attn_scalar": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
