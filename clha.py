@@ -11,11 +11,12 @@ Read from top to bottom: sections 1 to 6 are the paper, 7 to 10 run it. The data
 
     records -> tokens -> packs -> log-probs -> loss -> step
 
-This starts a run or resumes a stopped one; in the end out/final is a Hugging Face folder:
+This starts a run or resumes a stopped one; in the end out/final is a Hugging Face folder (of adapters, with
+--lora_rank). Another loss is an argument of `train`, in section 9.
 
     torchrun --nproc_per_node 8 clha.py --model MODEL --train_data train.jsonl --output_dir out
 
-A record of train.jsonl is a JSON line:
+A record of train.jsonl is a JSON line; its last three fields may be missing:
 
     {"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."], "rewards": [1.2, -0.3],
      "chosen": 0, "subset": "helpful-base", "id": "..."}
@@ -29,6 +30,7 @@ A record of train.jsonl is a JSON line:
 import copy
 import gzip
 import hashlib
+import heapq
 import json
 import math
 import os
@@ -83,7 +85,7 @@ class Config:
 
     model: str = option(MISSING, "language model to align: a Hugging Face folder or a hub name (owner/name)")
     train_data: str = option(MISSING, "scored records, JSON lines; `python reward.py score` adds the rewards")
-    output_dir: str = option(MISSING, "receives metrics.jsonl, config.json, checkpoints/ and final/")
+    output_dir: str = option(MISSING, "gets metrics.jsonl, checkpoints/, final/; one disk for all machines")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
@@ -96,9 +98,7 @@ class Config:
     max_prompt_length: int = option(384, "tokens of a prompt; its beginning is cut, or a chat's oldest turns")
     template: str = option("auto", "auto: the model's; NAME=VALUE: set in that; hh: HH-RLHF's; or a file")
     # Optimization
-    lora_rank: int = option(
-        0, "train only adapters of this rank (LoRA, on all linear layers); 0: all weights"
-    )
+    lora_rank: int = option(0, "train only LoRA adapters of this rank, on all linear layers; 0: all weights")
     learning_rate: float = option(5e-6, "peak learning rate of AdamW (Section 3.3)")
     lr_schedule: Literal["constant_with_warmup", "cosine"] = option("constant_with_warmup", "as released")
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
@@ -110,7 +110,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
     seed: int = option(42, "for data order and LoRA (alike on any number of processes), and dropout")
     # Speed and memory: none of these changes a result by more than rounding
-    pack_tokens: int = option(0, "tokens of a forward pass, within 5 percent; 0: 8192 on a GPU, else 1024")
+    pack_tokens: int = option(0, "tokens of a forward pass, about; 0: 8192 on a GPU, else 1024")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
     replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
     token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
@@ -167,7 +167,7 @@ def dialogue_ids(turns: list[Turn], tokenizer: Tokenizer) -> list[int]:
         end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token else []
         whole = {"truncation": False, "padding": False}  # overrides what was saved with the tokenizer
         return tokenizer(render(turns), split_special_tokens=True, **whole).input_ids + end
-    # MARK splits special tokens that someone typed, so they stay plain text; then it is left out.
+    # Special tokens that someone typed stay plain text: MARK is put into them, and left out of the ids.
     special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
     defuse = partial(re.sub, special, lambda found: f"{found[0][0]}{MARK}{found[0][1:]}")
     marked = [turn | {"content": defuse(turn["content"])} for turn in turns]
@@ -198,14 +198,15 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 @cache
 def turn_end(tokenizer: Tokenizer, template: str | None) -> int:
-    """The id that ends a response: in the tokenizer's `template`, the first special one after its text."""
-    dialogues = []
+    """The id that ends a response: the first special one after its text, in the tokenizer's template."""
+    dialogues = []  # `template` is only a key of the cache, as a tokenizer may be given another
     for answer in ("Hi", "No"):
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
         dialogues.append(dialogue_ids(turns, tokenizer)[::-1])
     same = takewhile(lambda pair: pair[0] == pair[1], zip(*dialogues, strict=False))  # from the end
     special = special_tokens(tokenizer)
-    return [tokenizer.eos_token_id, *(i for i, _ in same if i in special)][-1]
+    ends = [i for i, _ in same if i in special]
+    return ends[-1] if ends else tokenizer.eos_token_id
 
 
 def recent_turns(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> list[Turn]:
@@ -247,10 +248,10 @@ def encode(record: Record, tokenizer: Tokenizer, config: Config) -> Example | No
             raise InputError(f"response {i}: has no tokens, or no end-of-turn token")
         response = response[: response.index(end) + 1]  # templates add a line break, or EOS
         response_ids.append(response[:room])
-    lengths = [len(ids) for ids in response_ids]
-    size = {"size": len(prompt_ids) + sum(lengths), "longest": len(prompt_ids) + max(lengths)}  # in tokens
-    size["count"] = len(lengths)  # of responses
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record.get("id", "")} | size
+    size = len(prompt_ids) + sum(map(len, response_ids))  # in tokens
+    longest = len(prompt_ids) + max(map(len, response_ids))
+    numbers = {"size": size, "longest": longest, "count": len(response_ids)}
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "id": record.get("id", "")} | numbers
 
 
 # 4. Packs ---------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ class Pack:
 
 
 def pack(examples: list[Example], device: torch.device | str = "cpu", length: int = 0) -> Pack:
-    """Examples as one Pack; for flex it is filled to `length` tokens; the filler counts nowhere."""
+    """Examples as one Pack, with a mask per query; or, for flex, filled to `length` tokens, with one mask."""
     rows = []  # of each token: id, position, response or -1, query
     targets = []
     sources = []
@@ -295,7 +296,7 @@ def pack(examples: list[Example], device: torch.device | str = "cpu", length: in
             sources += [prompt_end, *range(len(rows), len(rows) + len(response) - 1)]
             owners += [b * width + i] * len(response)
             rows += [(token, position, i, b) for position, token in enumerate(response, len(prompt))]
-    rows += [(rows[0][0], 0, -1, len(examples))] * (length - len(rows))  # as one more query, if any
+    rows += [(rows[0][0], 0, -1, len(examples))] * (length - len(rows))  # filler, as a query of its own
 
     tensor = partial(torch.tensor, device=device)
     ids, position, response, query = tensor(rows).T.contiguous()
@@ -336,6 +337,8 @@ def pack_attention(
     """Attention over a pack, one query at a time, for transformers: (1, heads, N, d) -> (1, N, heads, d)."""
     if settings.get("s_aux") is not None or settings.get("softcap") is not None:
         raise ValueError("packs allow no attention sinks or soft caps")
+    # transformers makes no mask for an attention that it does not know, and passes `pack_mask` on to it. One
+    # query at a time costs the sum of their n^2, not N^2.
     masks = settings["pack_mask"]
     sizes = [len(mask) for mask in masks]
     grouped = query.shape[1] != key.shape[1]  # several query heads share a key head
@@ -461,15 +464,15 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
     """What is logged besides the losses, (B,) each; chosen is the best response by reward, not by people."""
     present = rewards.isfinite()  # (B, l)
     pairs = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, l, l)
-    right = pairs & (avg_logps[:, :, None] > avg_logps[:, None, :])
+    unequal = rewards[:, :, None] > rewards[:, None, :]
+    right = unequal & (avg_logps[:, :, None] > avg_logps[:, None, :])
     best = avg_logps[:, 0]
     worst = avg_logps.gather(1, present.sum(1, keepdim=True) - 1)[:, 0]
-    number = pairs.sum((1, 2))  # (B,)
     return {
-        "rewards/accuracies": right.sum((1, 2)) / number,
+        "rewards/accuracies": right.sum((1, 2)) / unequal.sum((1, 2)).clamp(min=1),
         "logps/chosen": best,
         "logps/rejected": worst,
-        "pairs_kept": keep.sum((1, 2)) / number,
+        "pairs_kept": keep.sum((1, 2)) / pairs.sum((1, 2)),
         "gate_open": gate.to(avg_logps),
     }
 
@@ -580,7 +583,8 @@ def load_policy(config: Config, device: torch.device) -> tuple[Policy, str]:
     """The model of --model, and a hash of it: rank 0 reads its weights and sends the others their shards."""
     weights = {}
     model_config = load(transformers.AutoConfig, config.model)
-    digest = xxhash.xxh3_128(model_config.to_json_string().encode())
+    settings = model_config.to_diff_dict() | {"transformers_version": ""}  # of the library, not of the model
+    digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
     if dist.get_rank() == 0:
         full = load(AutoModelForCausalLM, config.model, output_loading_info=True, **EAGER)
         for name, weight in sorted(full.state_dict().items()):
@@ -613,15 +617,15 @@ def check_policy(policy: Policy, example: Example, longest: int, dtype: str, len
         if most and most < longest:
             raise InputError(f"{kind}: a text has {longest} tokens, over {name} {most}; see --max_length")
     other = example | {"prompt_ids": example["prompt_ids"][::-1]}
-    batch = pack([other, example], policy.model.device, length)
+    both = pack([other, example], policy.model.device, length)
     try:
         with torch.no_grad():
-            packed = policy.eval()(batch)[1]
+            packed = policy.eval()(both)[1]
             rows = [policy.forward_alone(example["prompt_ids"], ids) for ids in example["response_ids"]]
     except Exception as error:
         raise InputError(f"{kind}: not supported ({type(error).__name__}: {reason(error)})") from error
     policy.train()
-    lengths = batch.lengths[1].clamp(min=16)  # in a few tokens rounding does not average out
+    lengths = both.lengths[1].clamp(min=16)  # in a few tokens rounding does not average out
     off = ((packed - torch.stack(rows)) / lengths).abs().max().item()
     if not off <= TOLERANCE[dtype]:
         raise InputError(f"{kind}: not supported: log-probs in a pack are {off:.2g} nats per token off")
@@ -637,7 +641,7 @@ def save_model(policy: Policy, tokenizer: Tokenizer, path: Path, config: Config)
         add_adapters(model, config)
 
     def write() -> None:
-        if path.exists():  # this run saved it before it was killed, or it is the user's
+        if path.exists():  # this run saved it before it was killed
             print(f"kept    {path}: already there")
             return
         tied = model.all_tied_weights_keys  # they are in the file once, under their other name
@@ -726,7 +730,12 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
 
     on_first_process(check)
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments: until now it has none
-    dcp.load(state_tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    state = state_tensors(policy, optimizer)
+    for name in state.keys() - saved.keys():  # moments of weights without gradients, such as those for images
+        del state[name]
+    dcp.load(state, storage_reader=reader)
     return int(path.name[5:])
 
 
@@ -736,12 +745,11 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 REWARDS = ("rewards",)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # on either, a run saves a checkpoint and ends
 MAX_SKIPPED = 5  # this many non-finite steps in a row end the run
-# What may change when a run resumes, as may the number of processes. Training data and model may be renamed,
-# but not changed: `identity` in `train`.
-FREE = {
-    *("output_dir", "train_data", "dev_data", "eval_every", "save_every", "checkpoint_every", "token_cache"),
-    *("pack_tokens", "activation_checkpointing", "replicate", "tracker"),
-}
+# What may change when a run resumes, as may the number of processes. Model and training data may have other
+# names; what they hold is compared by hashes: `identity` in `train`.
+FREE = ("model", "train_data", "dev_data", "output_dir", "token_cache", "tracker")
+FREE += ("eval_every", "save_every", "checkpoint_every")
+FREE += ("pack_tokens", "activation_checkpointing", "replicate")
 
 
 def load_examples(
@@ -791,7 +799,8 @@ def check_rewards(rewards: list[list[float]], config: Config) -> None:
     opened = sum(row[0] > 0 for row in rewards) / len(rewards)
     if kept < 0.01:
         print(f"warning --min_reward_gap {config.min_reward_gap:g} keeps {kept:.2%} of the pairs")
-    if config.gate and not 0.01 <= opened <= 0.99 and (len(rewards) >= 100 or not opened):
+    most = 0.99 if len(rewards) >= 100 else 1  # a few queries may all have a good response
+    if config.gate and not 0.01 <= opened <= most:
         print(f"warning --gate is open for {opened:.2%} of the queries: their best rewards are above 0")
 
 
@@ -800,11 +809,9 @@ def data_order(queries: int, config: Config) -> Tensor:
     per_epoch = queries // config.batch_size
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
-        raise InputError(
-            f"--batch_size {config.batch_size}: must be at most {queries}, the queries there are"
-        )
-    if not 1 <= steps < 2**24:
-        raise InputError(f"--epochs {config.epochs:g}: makes {steps:,} steps of {config.batch_size} queries")
+        raise InputError(f"--batch_size {config.batch_size}: more than the {queries} queries there are")
+    if not 1 <= steps < 2**24:  # as far as memory reaches
+        raise InputError(f"--epochs, --max_steps: make {steps:,} steps of {config.batch_size} queries")
     order = []
     for epoch in range(math.ceil(steps / per_epoch)):
         generator = torch.Generator().manual_seed(config.seed + epoch)
@@ -819,18 +826,18 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
     number = math.ceil(sum(sizes) / limit / processes) * processes  # as many for each; some may stay empty
     while True:
         packs = [[] for _ in range(number)]
-        loads = [0] * number
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # longest first, into the lightest pack
-            lightest = loads.index(min(loads))
+        loads = [(0, place) for place in range(number)]  # a heap: the lightest pack is the first
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # longest first, into the lightest
+            load, lightest = loads[0]
             packs[lightest].append(i)
-            loads[lightest] += sizes[i]
-        if max(loads) <= limit:
+            heapq.heapreplace(loads, (load + sizes[i], lightest))
+        if max(loads)[0] <= limit:
             return packs
-        number += processes
+        number += max(1, number // processes // 20) * processes  # 5 %: large items may need many more
 
 
 def pack_limit(sizes: list[int], order: Tensor, pack_tokens: int, group: int = 1) -> int:
-    """Tokens per pack, rounded up to tiles of 128: the fullest step's, spread evenly, and 5 % more."""
+    """Tokens per pack: the fullest step's over as few packs as hold them, 5 % more, in tiles of 128."""
     fullest = torch.tensor(sizes)[order].sum(1).max().item() / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
     return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128
@@ -838,36 +845,62 @@ def pack_limit(sizes: list[int], order: Tensor, pack_tokens: int, group: int = 1
 
 def make_packs(
     examples: list[Example], device: torch.device, limit: int, fill: bool, group: int
-) -> list[Pack]:
-    """This process's part of a batch; each `group` of queries shares a pack, for a loss of them together."""
+) -> Iterator[Pack]:
+    """This process's packs of a batch; each `group` of queries in a row stays in one, for a loss of them."""
     groups = [examples[i : i + group] for i in range(0, len(examples), group)]
     sizes = [sum(example["size"] for example in members) for members in groups]
-    packs = []
     for indices in balance(sizes, limit, dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]:
         members = [example for i in sorted(indices) for example in groups[i]]
         # A process without queries makes a pass too, as FSDP's processes work together; its share is 0.
         made = pack(members or groups[0], device, limit if fill else 0)
         made.share = len(members) / len(examples)
-        packs.append(made)
-    return packs
+        yield made
 
 
-def run_batch(policy: Policy, packs: list[Pack], loss_fn: Loss, train: bool) -> dict[str, float]:
+def run_batch(policy: Policy, packs: Iterable[Pack], loss_fn: Loss, train: bool) -> dict[str, float]:
     """Mean loss and metrics of a batch of queries over all processes; with `train`, gradients accumulate."""
     # The loss of a pack is a mean, and its weight is its share of the queries: so packs and processes cannot
     # change the sum, which is the mean over the batch.
     totals = {}
-    for batch in packs:
+    for part in packs:
         with torch.set_grad_enabled(train):
-            sum_logps = policy(batch)
-            loss, metrics = loss_fn(mean_logps(sum_logps, batch.lengths), sum_logps, **batch.values)
+            sum_logps = policy(part)
+            loss, metrics = loss_fn(mean_logps(sum_logps, part.lengths), sum_logps, **part.values)
         if train:  # FSDP averages gradients over the processes, and this is to be their sum
-            (loss * batch.share * dist.get_world_size()).backward()
+            (loss * part.share * dist.get_world_size()).backward()
         metrics = {"loss": loss.detach()} | metrics  # unless metrics have it
-        totals = {name: totals.get(name, 0) + value * batch.share for name, value in metrics.items()}
+        totals = {name: totals.get(name, 0) + value * part.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
+
+
+def open_log(output: Path, settings: dict[str, Any], done: int) -> Path:
+    """Writes config.json, and cuts metrics.jsonl, whose path it returns, to the first `done` steps."""
+    log = output / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    texts = {log: "".join(lines[:done]), output / "config.json": json.dumps(settings, indent=2) + "\n"}
+    for path, text in texts.items():
+        unfinished = path.with_suffix(".partial")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    return log
+
+
+def report(log: Path, step: int, metrics: dict[str, float], skipped: list[str], trackers: list[Any]) -> None:
+    """Appends a step's line to metrics.jsonl, with the ids of a skipped batch, and tells the trackers."""
+    # JSON has no number for what is not finite: null
+    row: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    row |= {"skipped": skipped} if skipped else {}
+    row |= {"time": datetime.now().isoformat(timespec="seconds")}
+    with log.open("a") as file:
+        print(json.dumps({"step": step} | row), file=file)
+    try:
+        for tracker in trackers:
+            tracker.log(metrics, step)
+    except Exception as error:  # of a network
+        print(f"warning --tracker: {reason(error)}; nothing more is sent")
+        trackers.clear()
 
 
 def train(
@@ -880,8 +913,9 @@ def train(
     """The whole run: from records to OUTPUT_DIR/final, with a line of metrics.jsonl per step.
 
     Another objective is another loss_fn(avg_logps, sum_logps, **values) -> (mean over B queries, metrics: 0-d
-    tensors by name); its `values` are the numbers per response that `fields` names. `ranked` is explained at
-    `load_examples`; `group` consecutive queries share a pack, for a loss over several, unlike CLHA's.
+    tensors by name); its `values` are the numbers per response that `fields` names. If `ranked`, responses
+    come best reward first, else as in the file. Each `group` of queries in a row stays in one pack, for a
+    loss of several together. A run that resumes cannot see whether loss_fn has changed.
     Raises InputError for wrong settings, data or model.
     """
     process, processes, device = init_process()
@@ -894,14 +928,14 @@ def train(
         dev_data = load_data(config.dev_data) if config.dev_data else []
         dev_examples = [*dev_data]
         tokens = [file_hash(file["filename"]) for file in examples.cache_files]
-        seen = [None] * processes
+        seen = [None] * processes  # machines may have different files of one name
         dist.all_gather_object(seen, (tokens, getattr(dev_data, "_fingerprint", "")))
         if seen.count(seen[0]) < processes:
             raise InputError(f"{config.train_data}: the processes read different data")
         counts = examples["count"][:]
         if config.alpha is None:
             config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
-        if loss_fn is None:  # 10,000 queries, evenly spread, or a few more tell what all would
+        if loss_fn is None:  # 10,000 to 20,000 queries, evenly spread, tell what all would
             sample = examples.select(range(0, len(examples), max(1, len(examples) // 10_000)))
             on_first_process(lambda: check_rewards(sample["rewards"][:], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
@@ -911,42 +945,39 @@ def train(
             on_first_process(lambda: trackers.append(start_tracker(config)))
         order = data_order(len(examples), config)
         sizes = examples["size"][:] + [example["size"] for example in dev_examples]
-        lengths = examples["longest"][:] + [example["longest"] for example in dev_examples]
+        longest = examples["longest"][:] + [example["longest"] for example in dev_examples]
         limit = pack_limit(sizes, order, config.pack_tokens, group)
         policy, model_hash = load_policy(config, device)
         # On a GPU packs are filled to one length, for which flex_attention is compiled; it has no dropout.
-        dropout = [getattr(policy.model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
+        model_config = policy.model.config.get_text_config()
+        dropout = [getattr(model_config, name, 0) for name in ("attention_dropout", "attn_pdrop")]
         fill = device.type == "cuda" and policy.model._supports_flex_attn and not any(dropout)
         packs_of = partial(make_packs, device=device, limit=limit, fill=fill, group=group)
         # Near 512 tokens: long enough to show a leak, short enough for plain attention's quadratic memory.
-        probe = examples[min(range(len(examples)), key=lambda i: abs(lengths[i] - 512))]
-        check_policy(policy, probe, max(lengths), config.dtype, limit if fill else 0)
+        probe = examples[min(range(len(examples)), key=lambda i: abs(longest[i] - 512))]
+        check_policy(policy, probe, max(longest), config.dtype, limit if fill else 0)
         adamw = partial(torch.optim.AdamW, weight_decay=config.weight_decay, fused=device.type == "cuda")
         optimizer = adamw(policy.parameters(), config.learning_rate)
         schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, len(order))
-        identity = fixed(config) | {"model": model_hash, "tokens": tokens}
+        identity = fixed(config) | {"model_hash": model_hash, "tokens": tokens}
+        on_first_process(lambda: check_files(output, identity))
         newest = on_first_process(lambda: checkpoints(output / "checkpoints")[-1:])
         done = restore(newest[0], policy, optimizer, identity) if newest else 0
         for _ in range(done):  # once for each step, as below
             schedule.step()
-        log = output / "metrics.jsonl"
+        log = on_first_process(lambda: open_log(output, asdict(config) | identity, done))
         if process == 0:
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            settings = json.dumps(asdict(config), indent=2) + "\n"
-            for path, text in ((log, "".join(lines[:done])), (output / "config.json", settings)):
-                path.with_suffix(".partial").write_text(text)
-                path.with_suffix(".partial").replace(path)
             print(f"prompt  {tokenizer.decode(probe['prompt_ids'])!r}")
             print(f"loss on {tokenizer.decode(probe['response_ids'][0])!r}")
             size = policy.model.num_parameters(only_trainable=True)
-            responses = f"{median_low(counts)} responses (at most {max(counts)})"
             disk = f"{12 * size / 1e9:,.3g} GB, and up to three may exist"
             print(f"train   {size:,} parameters; a checkpoint takes {disk}")
+            responses = f"{median_low(counts)} responses (at most {max(counts)})"
             print(f"train   {len(examples):,} queries of {responses}, alpha {config.alpha:g}")
             print(f"train   steps {done + 1:,} to {len(order):,}", flush=True)
         signals = []  # held until the end of a step
         for number in SIGNALS:
-            signal.signal(number, lambda number, _: signals.append(number))
+            signal.signal(number, lambda received, _: signals.append(received))
         skipped = 0  # steps in a row that were not finite
         bar = tqdm(order[done:], "train", len(order), initial=done, disable=None if process == 0 else True)
         for step, indices in enumerate(bar, done + 1):
@@ -961,36 +992,26 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
-            metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
-            metrics["epoch"] = step * config.batch_size / len(examples)
             seconds = time.perf_counter() - start
+            metrics |= {"grad_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            metrics |= {"epoch": step * config.batch_size / len(examples), "seconds": seconds}
             metrics["tokens_per_second"] = sum(example["size"] for example in batch) / seconds
-            metrics["seconds"] = seconds
             schedule.step()
             if dev_examples and (step % config.eval_every == 0 or last):
                 dev_metrics = run_batch(policy.eval(), packs_of(dev_examples), loss_fn, train=False)
                 metrics |= {f"eval/{name}": value for name, value in dev_metrics.items()}
                 policy.train()
             if process == 0:
-                # JSON has no number for what is not finite: null
-                row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                row |= {} if finite else {"skipped": [example["id"] for example in batch]}
-                row |= {"time": datetime.now().isoformat(timespec="seconds")}
-                with log.open("a") as file:
-                    print(json.dumps({"step": step} | row), file=file)
-                try:
-                    for tracker in trackers:
-                        tracker.log(metrics, step)
-                except Exception as error:  # of a network
-                    print(f"warning --tracker: {reason(error)}; nothing more is sent")
-                    trackers.clear()
+                report(log, step, metrics, [] if finite else [example["id"] for example in batch], trackers)
                 bar.set_postfix(loss=metrics["loss"])
                 if bar.disable and (step % 10 == 0 or last):  # no terminal: a line now and then
-                    rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+                    shown = [name for name in ("loss", "rewards/accuracies") if name in metrics]
+                    said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown)
                     left = timedelta(seconds=round(seconds * (len(order) - step)))
-                    said = f"loss {metrics['loss']:.4f}, {rate}, {left} left"
-                    print(f"step    {step:,} of {len(order):,}, {said}", flush=True)
+                    rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, {left} left"
+                    print(f"step    {step:,} of {len(order):,}, {said}, {rate}", flush=True)
             stepped = bool(optimizer.state)  # empty until AdamW's first step
+            # Five in a row, or all of a run that is shorter
             if skipped == MAX_SKIPPED or (skipped and last and not stepped):
                 raise InputError(f'{log}: {skipped} steps in a row were not finite; see "skipped"')
             if config.save_every and step % config.save_every == 0:
@@ -1080,14 +1101,13 @@ def fixed(config: Config) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in FREE and value is not None}
 
 
-def check_files(output: Path, config: Config) -> None:
-    """Raises InputError if a folder without a checkpoint, which knows its run, has another's files."""
+def check_files(output: Path, identity: dict[str, Any]) -> None:
+    """Raises InputError if a folder has files of another run, or a model; a checkpoint is checked later."""
     path = output / "config.json"
     if checkpoints(output / "checkpoints") or not (path.exists() or (output / "metrics.jsonl").exists()):
         return
     try:
-        before = json.loads(path.read_text())
-        told = changes(before, fixed(config) | {"model": before.get("model")})  # it may have another name
+        told = changes(json.loads(path.read_text()), identity)
     except (OSError, ValueError, AttributeError) as error:
         told = reason(error)
     if told:
@@ -1108,7 +1128,7 @@ def claimed(output: Path, config: Config) -> Iterator[None]:
             raise InputError(f"{output}: another program works in it; choose another --output_dir") from None
         if (output / "final").exists():
             raise InputError(f"{output}: holds a finished run (final/); choose another --output_dir")
-        check_files(output, config)
+        check_files(output, fixed(config))
 
     try:
         on_first_process(claim)

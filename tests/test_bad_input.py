@@ -236,8 +236,8 @@ def test_flags_out_of_range(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch_size 3", "--batch_size 3: must be at most 2, the queries there are"),
-        ("--batch_size 2 --epochs 0.1", "--epochs 0.1: makes 0 steps"),
+        ("--batch_size 3", "--batch_size 3: more than the 2 queries there are"),
+        ("--batch_size 2 --epochs 0.1", "--epochs, --max_steps: make 0 steps"),
         ("--batch_size 1 --dev_data nowhere.jsonl", "nowhere.jsonl"),
     ],
 )

@@ -18,6 +18,7 @@ import filelock
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from conftest import config
 from safetensors import safe_open
 from test_clha_training import log, start, torchrun_store, weights_file, with_dropout, write
@@ -435,7 +436,7 @@ def test_another_run_is_refused_by_what_differs(
 
 
 def test_a_folder_of_something_else_is_no_output(
-    run_in: Callable[..., clha.Config], world: Path, tmp_path: Path
+    run_in: Callable[..., clha.Config], world: Path, data: Path, tmp_path: Path
 ) -> None:
     told = "choose another --output_dir"
     shutil.copytree(world / "init", tmp_path / "model")
@@ -450,6 +451,9 @@ def test_a_folder_of_something_else_is_no_output(
     clha.train(run_in(out, save_every=2, max_steps=4))
     shutil.rmtree(out / "final")
     fails(run_in(out, save_every=2, max_steps=4, seed=3), clha.InputError, r"\(seed 42 -> 3\); " + told)
+    rewards = [dict(record, rewards=record["rewards"][::-1]) for record in clha.iter_records(data)]
+    other = write(tmp_path / "other.jsonl", rewards)
+    fails(run_in(out, save_every=2, max_steps=4, train_data=str(other)), clha.InputError, f"tokens .*{told}")
     clha.train(run_in(out, save_every=2, max_steps=4))
 
 
@@ -469,16 +473,48 @@ def other_rope(model: Path) -> None:
 
 @pytest.mark.parametrize("change", [other_weights, other_rope])
 def test_another_model_in_the_same_place_is_refused(
-    run_in: Callable[..., clha.Config], world: Path, tmp_path: Path, change: Callable[[Path], None]
+    run_in: Callable[..., clha.Config],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
 ) -> None:
     shutil.copytree(world / "init", tmp_path / "model")
     run = run_in(tmp_path / "run", model=str(tmp_path / "model"))
     stop(run, 2)
     shutil.move(tmp_path / "model", tmp_path / "moved")
     run.model = str(tmp_path / "moved")
-    stop(run, 1)  # the same model elsewhere goes on
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "9.9.9")
+    stop(run, 1)  # the same model elsewhere goes on, also with another version of transformers
     change(tmp_path / "moved")
-    fails(run, clha.InputError, r"step-3: of another run \(model \w+ -> \w+\); choose another --output_dir")
+    fails(
+        run, clha.InputError, r"step-3: of another run \(model_hash \w+ -> \w+\); choose another --output_dir"
+    )
+
+
+def test_a_model_that_takes_images_too_goes_on(
+    run_in: Callable[..., clha.Config], world: Path, tmp_path: Path
+) -> None:
+    # Its weights for images get no gradient, so AdamW has no moments for them.
+    tokenizer = clha.load_tokenizer(str(world / "init"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 16}
+    image = sizes | {"image_size": 28, "patch_size": 14}
+    kind = transformers.Gemma3Config(text_config=text, vision_config=image, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(kind)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ends = []
+    for name, stops in (("stopped", (2, 1)), ("whole", ())):
+        run = run_in(tmp_path / name, model=str(tmp_path / "model"), max_steps=4)
+        for after in stops:
+            stop(run, after)
+        clha.train(run)
+        ends.append(AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict())
+    before = model.state_dict()
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name])
+        assert torch.equal(weight, before[name]) == ("vision" in name or "multi_modal" in name)
 
 
 def test_a_run_that_fails_gives_its_folder_free(

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -507,6 +508,16 @@ def test_items_are_packed_once_evenly_and_within_the_limit(
     most = max(limit, *sizes)
     assert max(loads) <= most and max(loads) - min(loads) <= max(sizes)
     assert len(packs) % processes == 0 and len(packs) < 2 * sum(sizes) / most + 2 * processes
+
+
+def test_items_of_over_half_a_pack_are_packed_in_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [
+        540 + i * 7 % 460 for i in range(2000)
+    ]  # a pack each, where their sum fills three quarters of it
+    attempts = Mock(side_effect=sorted)
+    monkeypatch.setattr(clha, "sorted", attempts, raising=False)
+    assert 2000 <= len(clha.balance(sizes, 1024, 1)) <= 2100
+    assert attempts.call_count < 10
 
 
 def test_the_longest_items_are_placed_first() -> None:

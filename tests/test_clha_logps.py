@@ -417,7 +417,7 @@ def test_the_packs_of_a_step_add_up_to_the_step(
     shares = []
     for rank in range(processes):  # one after the other; FSDP would average their gradients
         monkeypatch.setattr(clha.dist, "get_rank", lambda rank=rank: rank)
-        made = clha.make_packs(examples, device, 100, False, 1)
+        made = [*clha.make_packs(examples, device, 100, False, 1)]
         shares += [pack.share for pack in made]
         for name, value in clha.run_batch(policy, made, loss_fn, train=True).items():
             sums[name] += value
@@ -429,7 +429,7 @@ def test_the_packs_of_a_step_add_up_to_the_step(
 
 def test_evaluation_builds_no_graph() -> None:
     _, _, device = clha.init_process()
-    packs = clha.make_packs(random_queries(3), device, 1000, False, 1)
+    packs = [*clha.make_packs(random_queries(3), device, 1000, False, 1)]
     graphs: list[bool] = []
 
     def loss_fn(averages: Tensor, sum_logps: Tensor, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -188,6 +188,13 @@ def test_metrics_by_hand() -> None:
     assert metrics["gate_open"].item() == 0.5  # query 2: a reward of 0 is not above 0
 
 
+def test_equal_rewards_are_no_pair_to_order() -> None:
+    avg_logps = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]])
+    rewards = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    _, metrics = clha.clha_loss(avg_logps, avg_logps, rewards, **SETTINGS)
+    assert metrics["rewards/accuracies"].item() == (1 + 0) / 2  # query 1: two of two pairs; query 2 has none
+
+
 # What must not change them
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 TOP_LEVEL = {"clha.py", "reward.py", "prepare_data.py", "evaluate.py"}
 # 880 lines of clha.py and 6,500 in all are wanted; these keep them from growing meanwhile.
-MAX_LINES, MAX_PAPER_LINES, MAX_OPTIONS, MAX_DENSITY, MAX_TOTAL = 1251, 480, 36, 13.0, 7500
+MAX_LINES, MAX_PAPER_LINES, MAX_OPTIONS, MAX_DENSITY, MAX_TOTAL = 1271, 480, 32, 13.0, 7400
 SMUGGLED = {"sys.modules", "sys.path", "importlib.import_module", "__import__"}
 
 
