@@ -75,6 +75,7 @@ GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     ],
     "CoH": grid("coh", **IMITATION),
     "RLHF (RLOO)": grid("rlhf", kl_beta=(0.01, 0.03, 0.1, 0.3), learning_rate=(2e-4, 5e-4)),
+    "CLHA, eight more": grid("clha", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
 }
 RLHF_STEPS = 100
 NOTHING_KEPT = 1e6  # a reward gap that no pair has: the contrast is off
