@@ -544,7 +544,7 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
         model.add_adapter(LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
-EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # a Policy sets another attention for packs
+EAGER = {"dtype": torch.float32, "attn_implementation": "eager"}  # any model has it; a Policy sets its own
 
 
 def build_policy(model_config: PretrainedConfig, config: Config, device: torch.device) -> Policy:
@@ -729,7 +729,7 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
             raise InputError(f"{path}: of another run ({told}); choose another --output_dir")
 
     on_first_process(check)
-    dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments: until now it has none
+    dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, of zeros, to load into
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     state = state_tensors(policy, optimizer)
@@ -868,7 +868,7 @@ def run_batch(policy: Policy, packs: Iterable[Pack], loss_fn: Loss, train: bool)
             loss, metrics = loss_fn(mean_logps(sum_logps, part.lengths), sum_logps, **part.values)
         if train:  # FSDP averages gradients over the processes, and this is to be their sum
             (loss * part.share * dist.get_world_size()).backward()
-        metrics = {"loss": loss.detach()} | metrics  # unless metrics have it
+        metrics = {"loss": loss.detach()} | metrics
         totals = {name: totals.get(name, 0) + value * part.share for name, value in metrics.items()}
     values = torch.stack(list(totals.values()))
     dist.all_reduce(values)
@@ -1079,7 +1079,7 @@ def settle(config: Config, device: torch.device) -> Config:
     """A copy of the settings with device defaults filled in. Raises InputError for wrong settings."""
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
-        if isinstance(value, int | float) and not least <= value < 2**32:
+        if isinstance(value, int | float) and not least <= value < 2**32:  # a seed has 32 bits
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
