@@ -566,7 +566,7 @@ def test_metrics_of_an_objective_by_hand() -> None:
     rewards = torch.tensor([[2.0, -1.0, -1.0], [-0.2, -0.5, NAN]])
     loss_fn = baselines.objective_loss_fn(config("sft", alpha=1.0))
     _, metrics = loss_fn(avg, avg, rewards)
-    assert metrics["rewards/accuracies"].item() == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["rewards/accuracies"].item() == pytest.approx((1 / 2 + 1) / 2)  # of unequal ones
     assert metrics["logps/chosen"].item() == -1.5
     assert metrics["logps/rejected"].item() == -2.5
     assert metrics["pairs_kept"].item() == pytest.approx((2 / 3 + 1) / 2)  # the tie is no pair
