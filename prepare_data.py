@@ -321,7 +321,7 @@ def read_source(source: str, split: str, subset: str | None = None) -> Dataset:
     try:
         if path.is_file():
             return load_dataset(kinds.get(path.suffix, "json"), data_files=source, split=split)
-        if path.is_dir() or source.count("/") == 1:
+        if path.is_dir() or (source.count("/") == 1 and source[0] not in "./~"):
             return load_dataset(source, data_dir=subset, split=split)
     except Exception as error:  # of any reader
         cause = clha.reason(error.__cause__ or error)

@@ -448,7 +448,7 @@ def main() -> None:
         "--rows", type=Path, default=run.ROWS, help="folder with fresh.jsonl, and tuning.jsonl"
     )
     args = parser.parse_args()
-    page = (run.ROWS.parents[1] if args.rows == run.ROWS else args.rows) / "RESULTS.md"
+    page = (run.ROWS.parents[1] if args.rows.resolve() == run.ROWS else args.rows) / "RESULTS.md"
     write(args.rows, page)
     print(f"{page} is written, with its picture in {args.rows}")
 

@@ -383,7 +383,7 @@ def perform(task: Task, out: Path) -> Record:
     start = task.key()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         world = toy_world(out, task.seed, task.world)
-        folder = world.folder / start["settings"]
+        folder = world.folder / f"{task.method} {start['settings']}"
         row = start | measure(world, task.settings, task.seed, task.split, folder)
     shutil.rmtree(folder, ignore_errors=True)  # its row says it all
     return row

@@ -439,7 +439,7 @@ FORMATS = {  # a row, and its record
 }
 
 
-def convert(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *words: str) -> list[Record]:
+def convert(monkeypatch: pytest.MonkeyPatch, source: Path | str, out: Path, *words: str) -> list[Record]:
     """What `preference` makes of a file."""
     run(monkeypatch, "preference", "--source", source, "--out", out, *words)
     return list(clha.iter_records(out))
@@ -570,8 +570,9 @@ def test_a_broken_file_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(InputError, match=f"{name}: (cannot be read|has the columns)") as caught:
             convert(monkeypatch, tmp_path / name, tmp_path / "out.jsonl")
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="nowhere: no such file or folder, and not a hub name"):
-        convert(monkeypatch, Path("nowhere"), tmp_path / "out.jsonl")
+    for name in ("nowhere", "./nowhere"):
+        with pytest.raises(InputError, match=f"{name}: no such file or folder, and not a hub name"):
+            convert(monkeypatch, name, tmp_path / "out.jsonl")
 
 
 def test_clha_says_which_command_converts_such_a_file(tmp_path: Path) -> None:
