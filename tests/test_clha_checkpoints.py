@@ -484,7 +484,8 @@ def test_another_model_in_the_same_place_is_refused(
     stop(run, 2)
     shutil.move(tmp_path / "model", tmp_path / "moved")
     run.model = str(tmp_path / "moved")
-    monkeypatch.setattr(transformers.configuration_utils, "__version__", "9.9.9")
+    for module in (transformers, transformers.configuration_utils):
+        monkeypatch.setattr(module, "__version__", "9.9.9")
     stop(run, 1)  # the same model elsewhere goes on, also with another version of transformers
     change(tmp_path / "moved")
     fails(
