@@ -85,7 +85,7 @@ class Config:
 
     model: str = option(MISSING, "language model to align: a Hugging Face folder or a hub name (owner/name)")
     train_data: str = option(MISSING, "scored records, JSON lines; `python reward.py score` adds the rewards")
-    output_dir: str = option(MISSING, "gets metrics.jsonl, checkpoints/, final/; one disk for all machines")
+    output_dir: str = option(MISSING, "gets metrics.jsonl, checkpoints/, final/; on a disk of all machines")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
@@ -464,12 +464,12 @@ def query_metrics(avg_logps: Tensor, rewards: Tensor, keep: Tensor, gate: Tensor
     """What is logged besides the losses, (B,) each; chosen is the best response by reward, not by people."""
     present = rewards.isfinite()  # (B, l)
     pairs = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, l, l)
-    unequal = rewards[:, :, None] > rewards[:, None, :]
-    right = unequal & (avg_logps[:, :, None] > avg_logps[:, None, :])
+    better = rewards[:, :, None] > rewards[:, None, :]
+    right = better & (avg_logps[:, :, None] > avg_logps[:, None, :])
     best = avg_logps[:, 0]
     worst = avg_logps.gather(1, present.sum(1, keepdim=True) - 1)[:, 0]
     return {
-        "rewards/accuracies": right.sum((1, 2)) / unequal.sum((1, 2)).clamp(min=1),
+        "rewards/accuracies": right.sum((1, 2)) / better.sum((1, 2)).clamp(min=1),
         "logps/chosen": best,
         "logps/rejected": worst,
         "pairs_kept": keep.sum((1, 2)) / pairs.sum((1, 2)),
@@ -732,10 +732,10 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, of zeros, to load into
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
-    state = state_tensors(policy, optimizer)
-    for name in state.keys() - saved.keys():  # moments of weights without gradients, such as those for images
-        del state[name]
-    dcp.load(state, storage_reader=reader)
+    for name, weight in policy.model.named_parameters():
+        if f"optimizer.{name}.exp_avg" not in saved:  # it had no gradient so far, as weights for images
+            optimizer.state.pop(weight, None)
+    dcp.load(state_tensors(policy, optimizer), storage_reader=reader)
     return int(path.name[5:])
 
 
@@ -747,9 +747,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # on either, a run saves a checkpoint
 MAX_SKIPPED = 5  # this many non-finite steps in a row end the run
 # What may change when a run resumes, as may the number of processes. Model and training data may have other
 # names; what they hold is compared by hashes: `identity` in `train`.
-FREE = ("model", "train_data", "dev_data", "output_dir", "token_cache", "tracker")
-FREE += ("eval_every", "save_every", "checkpoint_every")
-FREE += ("pack_tokens", "activation_checkpointing", "replicate")
+FREE = {
+    *("model", "train_data", "dev_data", "output_dir", "token_cache", "tracker", "eval_every", "save_every"),
+    *("checkpoint_every", "pack_tokens", "activation_checkpointing", "replicate"),
+}
 
 
 def load_examples(
@@ -810,8 +811,8 @@ def data_order(queries: int, config: Config) -> Tensor:
     steps = config.max_steps or round(config.epochs * per_epoch)
     if per_epoch == 0:
         raise InputError(f"--batch_size {config.batch_size}: more than the {queries} queries there are")
-    if not 1 <= steps < 2**24:  # as far as memory reaches
-        raise InputError(f"--epochs, --max_steps: make {steps:,} steps of {config.batch_size} queries")
+    if not 1 <= steps < 2**24:  # whose order takes 17 GB, with 128 queries each
+        raise InputError(f"--epochs or --max_steps gives {steps:,} steps of {config.batch_size} queries")
     order = []
     for epoch in range(math.ceil(steps / per_epoch)):
         generator = torch.Generator().manual_seed(config.seed + epoch)
@@ -837,10 +838,10 @@ def balance(sizes: list[int], limit: int, processes: int) -> list[list[int]]:
 
 
 def pack_limit(sizes: list[int], order: Tensor, pack_tokens: int, group: int = 1) -> int:
-    """Tokens per pack: the fullest step's over as few packs as hold them, 5 % more, in tiles of 128."""
+    """Tokens per pack: the fullest step's, spread over as few packs as can hold them, plus 5 %."""
     fullest = torch.tensor(sizes)[order].sum(1).max().item() / dist.get_world_size()
     even = fullest / math.ceil(fullest / pack_tokens)
-    return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128
+    return math.ceil(max(1.05 * even, group * max(sizes)) / 128) * 128  # in flex's tiles
 
 
 def make_packs(
@@ -879,7 +880,8 @@ def open_log(output: Path, settings: dict[str, Any], done: int) -> Path:
     """Writes config.json, and cuts metrics.jsonl, whose path it returns, to the first `done` steps."""
     log = output / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    texts = {log: "".join(lines[:done]), output / "config.json": json.dumps(settings, indent=2) + "\n"}
+    # In this order: a log without a config.json would be taken for another run's.
+    texts = {output / "config.json": json.dumps(settings, indent=2) + "\n", log: "".join(lines[:done])}
     for path, text in texts.items():
         unfinished = path.with_suffix(".partial")
         unfinished.write_text(text)
@@ -1079,7 +1081,7 @@ def settle(config: Config, device: torch.device) -> Config:
     """A copy of the settings with device defaults filled in. Raises InputError for wrong settings."""
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
-        if isinstance(value, int | float) and not least <= value < 2**32:  # a seed has 32 bits
+        if isinstance(value, int | float) and not least <= value < 2**32:
             raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")

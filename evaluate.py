@@ -495,8 +495,8 @@ def model_card(run: Path, folder: str) -> str:
     clocks = ("seconds", "tokens_per_second")
     last = {name: value for name, value in rows[-1].items() if type(value) is float and name not in clocks}
     shown = [[name, f"{value:.4g}"] for name, value in last.items()]
-    words = {"model", "train_data", "dev_data", "output_dir", "token_cache"}
-    settings = [[name, str(value)] for name, value in config.items() if name not in words]
+    left_out = {"model", "train_data", "dev_data", "output_dir", "token_cache", "model_hash", "tokens"}
+    settings = [[name, str(value)] for name, value in config.items() if name not in left_out]
     is_folder = Path(config["model"]).exists()
     return CARD.format(
         method=config.get("objective", "CLHA (Fang et al., LREC-COLING 2024)"),  # of study.baselines

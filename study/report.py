@@ -205,7 +205,9 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
         lines.append(f"- *{CLAIMS[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in run.GRIDS if label != "CLHA"})
+    behind, ahead, level = sides(
+        {label: lead(rows, "CLHA", label) for label in run.GRIDS if not label.startswith("CLHA")}
+    )
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by uncorrected intervals: {told}.")
     return "\n".join(lines) + "\n"
@@ -448,9 +450,10 @@ def main() -> None:
         "--rows", type=Path, default=run.ROWS, help="folder with fresh.jsonl, and tuning.jsonl"
     )
     args = parser.parse_args()
-    page = (run.ROWS.parents[1] if args.rows.resolve() == run.ROWS else args.rows) / "RESULTS.md"
-    write(args.rows, page)
-    print(f"{page} is written, with its picture in {args.rows}")
+    rows = args.rows.resolve()
+    page = (rows.parents[1] if rows == run.ROWS.resolve() else rows) / "RESULTS.md"
+    write(rows, page)
+    print(f"{page} is written, with its picture in {rows}")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     ],
     "CoH": grid("coh", **IMITATION),
     "RLHF (RLOO)": grid("rlhf", kl_beta=(0.01, 0.03, 0.1, 0.3), learning_rate=(2e-4, 5e-4)),
+    # Exploratory: see the end of the protocol
     "CLHA, eight more": grid("clha", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
 }
 RLHF_STEPS = 100
@@ -383,7 +384,7 @@ def perform(task: Task, out: Path) -> Record:
     start = task.key()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         world = toy_world(out, task.seed, task.world)
-        folder = world.folder / f"{task.method} {start['settings']}"
+        folder = world.folder / f"{task.method} {start['settings']}".replace("/", "-")  # "w/o"
         row = start | measure(world, task.settings, task.seed, task.split, folder)
     shutil.rmtree(folder, ignore_errors=True)  # its row says it all
     return row

@@ -237,7 +237,7 @@ def test_flags_out_of_range(
     ("flags", "message"),
     [
         ("--batch_size 3", "--batch_size 3: more than the 2 queries there are"),
-        ("--batch_size 2 --epochs 0.1", "--epochs, --max_steps: make 0 steps"),
+        ("--batch_size 2 --epochs 0.1", "--epochs or --max_steps gives 0 steps"),
         ("--batch_size 1 --dev_data nowhere.jsonl", "nowhere.jsonl"),
     ],
 )

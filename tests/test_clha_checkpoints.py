@@ -188,6 +188,7 @@ def train_and_die(run: clha.Config, name: str, text: str, call: int) -> None:
 
 KILLS = [  # with a checkpoint after each second step: what is called when, and the newest that is whole then
     ("clha.encode", "", 20, None, "tokens of 19 queries"),
+    ("pathlib.Path.replace", "metrics.partial", 1, None, "config.json written, but no metrics.jsonl"),
     ("torch.nn.utils.clip_grad_norm_", "", 2, None, "gradients of step 2"),
     ("torch.distributed.checkpoint.HuggingFaceStorageWriter.finish", "", 2, 2, "tensors of step 4 written"),
     ("pathlib.Path.write_text", "step-4", 1, 2, "settings of step 4 to be written"),

@@ -526,7 +526,7 @@ def test_max_steps_overrules_epochs(max_steps: int, epochs: float, steps: int) -
 
 @pytest.mark.parametrize(
     ("queries", "epochs", "message"),
-    [(3, 2, "--batch_size 4: more than the 3 queries"), (11, 0.1, "--epochs, --max_steps: make 0 steps")],
+    [(3, 2, "--batch_size 4: more than the 3 queries"), (11, 0.1, "--epochs or --max_steps gives 0 steps")],
 )
 def test_no_step_at_all_is_refused(queries: int, epochs: float, message: str) -> None:
     settings = clha.Config("m", "d", "o", batch_size=4, epochs=epochs)

@@ -82,3 +82,4 @@ def test_what_is_finished_is_not_done_again(out: Path) -> None:
     assert (out / "table.md").read_text() == table
     changed = {path for path, moment in before.items() if path.stat().st_mtime_ns != moment}
     assert {path.parent for path in changed} == {out / "eval/clha"}
+    assert not [*out.rglob("*.partial")]
