@@ -77,6 +77,7 @@ GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     "RLHF (RLOO)": grid("rlhf", kl_beta=(0.01, 0.03, 0.1, 0.3), learning_rate=(2e-4, 5e-4)),
     # Exploratory: see the end of the protocol
     "CLHA, eight more": grid("clha", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
+    "PRO, eight more": grid("pro", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
 }
 RLHF_STEPS = 100
 NOTHING_KEPT = 1e6  # a reward gap that no pair has: the contrast is off
