@@ -33,7 +33,7 @@ CLAIMS = {  # what it means that they hold
     "CLHA - PRO": "CLHA has a higher gold than PRO, both tuned",
     "the gate": "Leaving out the imitation of bad best responses helps, next to the contrast",
     "the filter": "Leaving out pairs that are close in reward helps",
-    "the contrast": "CLHA has a higher gold than gated SFT, each tuned to its own weight and rate",
+    "the contrast": "CLHA has a higher gold than gated SFT, each tuned",
 }
 PAPERS = run.PAPERS
 NEITHER = "CLHA w/o gate and filter"
@@ -182,7 +182,9 @@ def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
 
 def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     """The endpoints, their tests, and intervals that know that prompts share tasks."""
-    lines = [["endpoint", "gold", "90 % interval", "p", "p, corrected", "with tasks drawn again", "verdict"]]
+    header = ["endpoint", "gold", "90 % interval", "p", "p, corrected", "with tasks drawn again"]
+    lines = [[*header, "verdict", "without any one seed"]]
+    others = without_a_seed(found, rows)
     for endpoint in found:
         low, high = over_tasks(rows["CLHA"], rows[ENDPOINTS[endpoint.name]])
         gain = endpoint.gain
@@ -195,8 +197,24 @@ def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
             shown(endpoint.p),
             f"{low:+.2f} to {high:+.2f}",
         ]
-        lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**"])
+        lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**", others[endpoint.name]])
     return evaluate.markdown(lines)
+
+
+def without_a_seed(found: list[Endpoint], rows: dict[str, Seeds]) -> dict[str, str]:
+    """How the verdict on each endpoint changes when one of the seeds is left out."""
+    told: dict[str, list[str]] = {endpoint.name: [] for endpoint in found}
+    for left_out in rows["CLHA"]:
+        fewer = {
+            label: {seed: row for seed, row in seeds.items() if seed != left_out}
+            for label, seeds in rows.items()
+        }
+        if fewer["CLHA"]:
+            for before, after in zip(found, endpoints(fewer), strict=True):
+                if after.verdict != before.verdict:
+                    told[before.name].append(f"{after.verdict} without {left_out}")
+    same = "the same" if len(rows["CLHA"]) > 1 else "(one seed)"
+    return {name: "; ".join(changed) or same for name, changed in told.items()}
 
 
 def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
@@ -205,19 +223,20 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
         lines.append(f"- *{CLAIMS[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    behind, ahead, level = sides(
-        {label: lead(rows, "CLHA", label) for label in run.GRIDS if not label.startswith("CLHA")}
-    )
+    rivals = [label for label in run.GRIDS if label != "CLHA" and label not in run.EXPLORATORY]
+    behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in rivals}, correct=True)
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
-    lines.append(f"- The tuned methods against CLHA, by uncorrected intervals: {told}.")
+    lines.append(f"- The tuned methods against CLHA, by t tests corrected together: {told}.")
     return "\n".join(lines) + "\n"
 
 
-def sides(gains: dict[str, Mean | None]) -> list[str]:
-    """The names whose 95 % interval lies above zero, below it, and on it; without those that have none."""
+def sides(gains: dict[str, Mean | None], correct: bool = False) -> list[str]:
+    """The names whose mean is above zero, below it, and neither, by p < 0.05, corrected together or not."""
     found = {name: gain for name, gain in gains.items() if gain}
-    above = [name for name, gain in found.items() if gain.mean > gain.half()]
-    below = [name for name, gain in found.items() if gain.mean < -gain.half()]
+    values = [gain.p() for gain in found.values()]
+    p = dict(zip(found, holm(values) if correct else values, strict=True))
+    above = [name for name, gain in found.items() if p[name] < LEVEL and gain.mean > 0]
+    below = [name for name, gain in found.items() if p[name] < LEVEL and gain.mean < 0]
     on = [name for name in found if name not in above + below]
     return ["; ".join(names) or "none" for names in (above, below, on)]
 
@@ -357,9 +376,14 @@ def tuning_table(tuning: list[Record]) -> str:
 def edges(tuning: list[Record]) -> str:
     """Which chosen values are the smallest or the largest of four that were tried."""
     found = []
+    golds = run.dev_golds(tuning)
+    runs = [
+        settings for grid in run.GRIDS.values() for settings in grid if run.settings_name(settings) in golds
+    ]
     for method, settings in run.chosen(tuning).items():
+        alike = [other for other in runs if other["objective"] == settings["objective"]]
         for name, value in settings.items():
-            tried = sorted({grid[name] for grid in run.GRIDS[method]})
+            tried = sorted({other[name] for other in alike})
             if len(tried) >= 4 and value in (tried[0], tried[-1]):
                 found.append(f"{method} ({name} {value:g} of {tried[0]:g} to {tried[-1]:g})")
     return ", ".join(found) or "none"
