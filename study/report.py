@@ -227,6 +227,10 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in rivals}, correct=True)
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by t tests corrected together: {told}.")
+    more = {label: lead(rows, "CLHA", label) for label in run.EXPLORATORY}
+    told = "; ".join(f"*{label}* {cell(gain, '+.2f')}" for label, gain in more.items() if gain)
+    if told:
+        lines.append(f"- Tuned further, with eight settings that were added later, exploratory: CLHA minus {told}.")
     return "\n".join(lines) + "\n"
 
 
