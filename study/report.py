@@ -230,7 +230,7 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     more = {label: lead(rows, "CLHA", label) for label in run.EXPLORATORY}
     told = "; ".join(f"*{label}* {cell(gain, '+.2f')}" for label, gain in more.items() if gain)
     if told:
-        lines.append(f"- Tuned further, with eight settings that were added later, exploratory: CLHA minus {told}.")
+        lines.append(f"- CLHA minus rows of settings that were added later, exploratory: {told}.")
     return "\n".join(lines) + "\n"
 
 

@@ -93,6 +93,8 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     words = (ROOT / "README.md").read_text()
     verdicts = re.findall(r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", words)
     assert verdicts and all(f"**{verdict.lower()}**" in report for verdict in verdicts)
+    [level] = re.findall(r"CLHA minus it: (\S+ ± \S+), 20 seeds", words)
+    assert f"*PRO, eight more* {level}." in report
     exploratory = re.findall(r"(the gate|the filter) (adds|costs) (\d\.\d\d ± \d\.\d\d)", words)
     assert len(exploratory) == 2
     assert "- *gate*: **raises** gold in: none. **Lowers** it in: none." in report

@@ -152,6 +152,12 @@ def test_other_rows_give_another_page(tmp_path: Path) -> None:
     assert all(line.startswith(("- ", "On 5 seeds", "![")) for line in prose if line)
 
 
+def test_what_further_settings_give_is_told(tmp_path: Path) -> None:
+    text = page(tmp_path, GOLDS | {"PRO, eight more": [gold + 0.25 for gold in GOLD]})
+    assert "added later, exploratory: *PRO, eight more* -0.25 ± 0.00.\n" in text
+    assert "Not told apart from it: none." in text  # it is no method of its own
+
+
 def test_a_verdict_that_rests_on_one_seed_is_told(tmp_path: Path) -> None:
     odd = [0.01, -0.01, 0.01, -0.01, -0.5]
     golds = GOLDS | {"CLHA w/o gate": [gold + gap for gold, gap in zip(GOLD, odd, strict=True)]}
