@@ -85,7 +85,7 @@ class Config:
 
     model: str = option(MISSING, "language model to align: a Hugging Face folder or a hub name (owner/name)")
     train_data: str = option(MISSING, "scored records, JSON lines; `python reward.py score` adds the rewards")
-    output_dir: str = option(MISSING, "gets metrics.jsonl, checkpoints/, final/; on a disk of all machines")
+    output_dir: str = option(MISSING, "gets metrics.jsonl, checkpoints/, final/; all machines must share it")
     dev_data: str = option("", "scored records to evaluate the loss on")
     # The method. The release (the authors' code) has one literal 3 for both the margin and the reward gap.
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
@@ -110,7 +110,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
     seed: int = option(42, "for data order and LoRA (alike on any number of processes), and dropout")
     # Speed and memory: none of these changes a result by more than rounding
-    pack_tokens: int = option(0, "tokens of a forward pass, about; 0: 8192 on a GPU, else 1024")
+    pack_tokens: int = option(0, "tokens per forward pass, approximately; 0: 8192 on a GPU, else 1024")
     activation_checkpointing: Literal["full", "none"] = option("full", "full: layers are recomputed")
     replicate: int = option(1, "whole copies of the sharded model, such as one per machine (HSDP)")
     token_cache: str = option("", "folder for tokenized data that runs share; default: OUTPUT_DIR/tokens")
@@ -1110,8 +1110,8 @@ def check_files(output: Path, identity: dict[str, Any]) -> None:
         return
     try:
         told = changes(json.loads(path.read_text()), identity)
-    except (OSError, ValueError, AttributeError) as error:
-        told = reason(error)
+    except (OSError, ValueError, AttributeError):
+        told = "config.json is missing or torn"
     if told:
         raise InputError(f"{output}: of another run, or a model ({told}); choose another --output_dir")
 

@@ -34,7 +34,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import clha
 import reward
 from clha import InputError, Record, Turn
-from reward import markdown, write_text
 
 # sacrebleu would recommend another BLEU than the paper's, for each response.
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)
@@ -338,8 +337,8 @@ def score_into(
     reward.write_in_parts(out, items, settings, work, 256 * processes, f"score {folder.name}")
     if rank == 0:
         summary = summarise([row for _, row in clha.read_jsonl(out)])
-        write_text(folder / "table.md", table({folder.name: summary}))
-        write_text(folder / "scores.json", json.dumps(summary, indent=2) + "\n")
+        reward.write_text(folder / "table.md", table({folder.name: summary}))
+        reward.write_text(folder / "scores.json", json.dumps(summary, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -367,7 +366,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
             if len(summary) == 2 and subset != "Total":  # it is the same
                 continue
             rows.append([model, subset, f"{scores['n']:,}", *(cell(scores.get(name)) for name in names)])
-    return markdown(rows)
+    return reward.markdown(rows)
 
 
 def read_summary(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -511,8 +510,8 @@ def model_card(run: Path, folder: str) -> str:
         train_data=Path(config["train_data"]).name,
         folder=folder,
         dialogues=f"Prompt it in {'its chat template' if chat else 'the text of HH-RLHF'}.",
-        metrics=markdown([["the last step", ""], *shown]),
-        settings=markdown([["setting", ""], *settings]),
+        metrics=reward.markdown([["the last step", ""], *shown]),
+        settings=reward.markdown([["setting", ""], *settings]),
     )
 
 
@@ -523,7 +522,7 @@ def run_publish(args: argparse.Namespace) -> None:
     card = model_card(Path(args.run_dir), args.push_to_hub or str(final))
     ours = path.exists() and "tags: [clha" in path.read_text(encoding="utf-8")  # else it is peft's
     if not ours:
-        write_text(path, card)
+        reward.write_text(path, card)
     print(f"{path}: {'kept, as it may have been edited' if ours else 'written'}")
     if args.push_to_hub:
         try:

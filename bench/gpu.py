@@ -246,7 +246,7 @@ def show(rows: list[Row], peak: float) -> None:
     for row in rows:
         values = [row.get(name, "") for name in columns]
         table.append([f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values])
-    print(f"\n{evaluate.markdown(table)}", flush=True)
+    print(f"\n{reward.markdown(table)}", flush=True)
 
 
 STAGES = ("numerics", "ways", "profile", "sweep", "scoring", "generation")

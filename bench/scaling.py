@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 import clha
-import evaluate
 import reward
 from bench import plan
 
@@ -87,7 +86,7 @@ def check() -> str:
         cards = f"{run.parameters / 1e9:.1f}B, {run.fewer.cards} to {run.more.cards}"
         numbers = [f"{run.fewer_rate:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{run.more_rate:,.0f}"]
         lines.append([run.source, cards, *numbers, f"{off:.1%}"])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 LAYOUTS = [Layout(8), Layout(64), Layout(64, replicate=8), Layout(512), Layout(512, replicate=64)]
@@ -114,7 +113,7 @@ def table(config: clha.Config, flops_per_s: float, adapter: float) -> str:
         numbers = [f"{computing:.2f}", f"{sending:.2f}", f"{low:.3f} to {high:.3f}"]
         cost = f"{low * layout.cards:,.1f} to {high * layout.cards:,.1f}"
         lines.append([*names, *numbers, cost, f"{even:,.0f}"])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def main() -> None:

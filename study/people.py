@@ -230,14 +230,14 @@ def tally(args: argparse.Namespace) -> None:
     skipped = ", ".join(f"{name} {len(cast) - len(votes):,}" for name, votes in annotators.items())
     text = (
         f"{' against '.join(key['models'])}: the majority of {len(annotators)} annotators, a tie where "
-        f"there is none; kappa is on the items that all of them judged.\n\n{evaluate.markdown(rows)}\n"
+        f"there is none; kappa is on the items that all of them judged.\n\n{reward.markdown(rows)}\n"
         f"Items skipped: {skipped}; by all, and so left out: {len(cast) - len(judged):,}.\n"
     )
     print(text, end="")
     if args.plot:
         plot_shares(summary, key["models"], args.plot)
     if args.out:
-        evaluate.write_text(Path(args.out), text)
+        reward.write_text(Path(args.out), text)
 
 
 # Pairs by reward --------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def compare(args: argparse.Namespace) -> None:
             cells = [evaluate.cell(share) for share in summary.values()]
             table.append([model, against, subset, f"{len(items):,}", *cells])
         pages.append(cases((model, against), rows, others, args.cases))
-    text = evaluate.markdown(table)
+    text = reward.markdown(table)
     print(text, end="")
     if args.out:
         write_folder(args.out, {"compare.md": text, "cases.md": "\n".join(pages)})

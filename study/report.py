@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 import clha
-import evaluate
 import reward
 from clha import InputError, Record
 from study import run, toy
@@ -198,7 +197,7 @@ def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
             f"{low:+.2f} to {high:+.2f}",
         ]
         lines.append([endpoint.name, *numbers, f"**{endpoint.verdict}**", others[endpoint.name]])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def without_a_seed(found: list[Endpoint], rows: dict[str, Seeds]) -> dict[str, str]:
@@ -259,7 +258,7 @@ def method_table(rows: dict[str, Seeds]) -> str:
             costs.append(f"{statistics.median(shares):.1f}" if shares else "")
         cells = [cell(score(seeds, name)) for name in names]
         lines.append([f"**{label}**" if label == "CLHA" else label, *cells, ahead, *costs, str(len(seeds))])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def exploratory(rows: dict[str, Seeds]) -> dict[str, Mean | None]:
@@ -270,7 +269,7 @@ def exploratory(rows: dict[str, Seeds]) -> dict[str, Mean | None]:
 def exploratory_table(rows: dict[str, Seeds]) -> str:
     """The same as a table."""
     lines = [[name, cell(gain, "+.2f"), str(gain.seeds)] for name, gain in exploratory(rows).items() if gain]
-    return evaluate.markdown([["exploratory", "gold", "seeds"], *lines])
+    return reward.markdown([["exploratory", "gold", "seeds"], *lines])
 
 
 def subset_table(rows: dict[str, Seeds], name: str) -> str:
@@ -279,7 +278,7 @@ def subset_table(rows: dict[str, Seeds], name: str) -> str:
     for label, seeds in rows.items():
         found = [[row["subsets"][subset][name] for row in seeds.values()] for subset in toy.SUBSETS]
         lines.append([label, *(cell(mean_of(values)) for values in found), cell(score(seeds, name))])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def parts_table(rows: dict[str, Seeds], key: str) -> str:
@@ -291,7 +290,7 @@ def parts_table(rows: dict[str, Seeds], key: str) -> str:
             lines = lines or [["method", *found[0]]]
             means = [statistics.mean(row[name] for row in found) for name in found[0]]
             lines.append([label, *(f"{mean:.2f}" for mean in means)])
-    return evaluate.markdown(lines) if lines else ""
+    return reward.markdown(lines) if lines else ""
 
 
 def likelihood_table(rows: dict[str, Seeds]) -> str:
@@ -302,7 +301,7 @@ def likelihood_table(rows: dict[str, Seeds]) -> str:
         if best and worst and label != "CoH":  # whose texts are others
             values = (best.mean, worst.mean, best.mean - worst.mean)
             lines.append([label, *(f"{value:.2f}" for value in values)])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def worlds_of(rows: list[Record]) -> dict[str, dict[str, Seeds]]:
@@ -340,7 +339,7 @@ def worlds_table(worlds: dict[str, dict[str, Seeds]]) -> str:
         cells = [cell(score(seeds, "gold")) for seeds in (sft, neither)]
         cells += [cell(gain, "+.2f") for gain in gains]
         lines.append([world, *cells, str(len(neither))])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def plot_worlds(worlds: dict[str, dict[str, Seeds]], path: Path) -> None:
@@ -374,7 +373,7 @@ def tuning_table(tuning: list[Record]) -> str:
             if name in golds:
                 mark = "**" if name in best else ""
                 lines.append([method, f"{mark}{name.split(' ', 1)[1]}{mark}", f"{golds[name]:.2f}"])
-    return evaluate.markdown(lines)
+    return reward.markdown(lines)
 
 
 def edges(tuning: list[Record]) -> str:

@@ -445,7 +445,7 @@ def test_a_folder_of_something_else_is_no_output(
     assert (tmp_path / "model/config.json").read_bytes() == (world / "init/config.json").read_bytes()
     (tmp_path / "log").mkdir()
     (tmp_path / "log/metrics.jsonl").write_text("mine")
-    fails(run_in(tmp_path / "log"), clha.InputError, f"log: of another run, or a model .*{told}")
+    fails(run_in(tmp_path / "log"), clha.InputError, rf"log: .*\(config.json is missing or torn\); {told}")
     assert (tmp_path / "log/metrics.jsonl").read_text() == "mine"
     # A run that was killed before its first checkpoint may have saved models, which are not another run's.
     out = tmp_path / "run"

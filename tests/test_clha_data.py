@@ -511,9 +511,7 @@ def test_items_are_packed_once_evenly_and_within_the_limit(
 
 
 def test_items_of_over_half_a_pack_are_packed_in_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [
-        540 + i * 7 % 460 for i in range(2000)
-    ]  # a pack each, where their sum fills three quarters of it
+    sizes = [540 + i * 7 % 460 for i in range(2000)]  # a pack each, though their sum fills three quarters
     attempts = Mock(side_effect=sorted)
     monkeypatch.setattr(clha, "sorted", attempts, raising=False)
     assert 2000 <= len(clha.balance(sizes, 1024, 1)) <= 2100

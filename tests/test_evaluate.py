@@ -638,7 +638,7 @@ def test_the_table_shows_means_and_intervals() -> None:
 
 
 def test_no_cell_can_break_a_table_or_reach_the_terminal() -> None:
-    assert evaluate.markdown([["a|b", "é"], ["\x1b]0;x\x07", "1\n2"]]) == (
+    assert reward.markdown([["a|b", "é"], ["\x1b]0;x\x07", "1\n2"]]) == (
         "| a\\|b | é |\n| --- | --- |\n|  ]0;x  | 1 2 |\n"
     )
 

@@ -69,8 +69,17 @@ def test_the_pictures_are_drawn(out: Path) -> None:
         assert len(picture) > 10_000
 
 
-def test_what_is_finished_is_not_done_again(out: Path) -> None:
-    # As if it had been killed while it scored the last model: the others' scores are there.
+def test_a_finished_stage_is_not_run_again(out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    result = run_tiny(out)
+    assert result.returncode == 0
+    assert result.stdout.count("== have") == 17
+    assert "took" not in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+
+def test_a_run_that_was_killed_while_it_scored_goes_on(out: Path) -> None:
+    # The last model has no scores yet, the others have.
     table = (out / "table.md").read_text()
     for path in ("eval/clha/scores.json", "table.md"):
         (out / path).unlink()
