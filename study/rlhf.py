@@ -47,7 +47,7 @@ def reward_function(model: reward.RewardModel) -> Callable[..., list[float]]:
 
 
 def rloo_config(trl: ModuleType, args: argparse.Namespace) -> Any:
-    """TRL's settings of a run; learning rate (it falls to 0) and optimizer are TRL's way."""
+    """TRL's settings of a run; the learning rate is constant, as the study's other runs have it."""
     gpu = torch.cuda.is_available()
     return trl.RLOOConfig(
         args.output_dir,
@@ -59,6 +59,7 @@ def rloo_config(trl: ModuleType, args: argparse.Namespace) -> Any:
         num_generations=args.num_generations,
         max_completion_length=args.max_new_tokens,
         learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
         bf16=gpu,
         gradient_checkpointing=gpu,
         use_cpu=not gpu,
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The flags; learning rate and KL price are TRL's."""
+    """The flags; the defaults of learning rate and KL weight are TRL's."""
     parser = reward.Parser(description=__doc__)
     flag = parser.add_argument
     flag("--model", required=True, help="language model to align: a folder or a hub name")
@@ -118,7 +119,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--batch_size", type=int, default=32, help="prompts per step")
     flag("--num_generations", type=int, default=4, help="responses sampled for each prompt")
     flag("--max_new_tokens", type=int, default=128, help="tokens of a response")
-    flag("--learning_rate", type=float, default=1e-6, help="at the start; falls to 0")
+    flag("--learning_rate", type=float, default=1e-6, help="constant over the run")
     flag("--save_every", type=int, default=0, help="steps between model folders OUTPUT_DIR/step-N; 0: none")
     flag("--kl_beta", type=float, default=0.05, help="weight of the KL to the base model")
     flag("--seed", type=int, default=42, help="of the data order and the sampling")
