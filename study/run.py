@@ -12,6 +12,7 @@ base model and reward models. A run's model is the mean of the weights of its la
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -409,10 +411,19 @@ def read_rows(path: Path) -> list[Record]:
     return [row for _, row in clha.read_jsonl(path)] if path.exists() else []
 
 
+def runnable(methods: Iterable[str]) -> list[str]:
+    """These methods, without RLHF where TRL is missing."""
+    rlhf_method = "RLHF (RLOO)"
+    if rlhf_method not in methods or importlib.util.find_spec("trl"):
+        return [*methods]
+    print(f"leaves out {rlhf_method}, which needs TRL: pip install .[rlhf]", file=sys.stderr)
+    return [method for method in methods if method != rlhf_method]
+
+
 def tune(args: argparse.Namespace) -> None:
     """dev gold of eight settings per method on the tuning seeds, as OUT/tuning.jsonl"""
     tasks = []
-    for method in args.methods or GRIDS:
+    for method in args.methods or runnable(GRIDS):
         for settings, seed in itertools.product(GRIDS[method], TUNING_SEEDS):
             tasks.append(Task(seed, method, settings, "dev"))
     perform_all(tasks, args.out / "tuning.jsonl", args)
@@ -429,11 +440,12 @@ def tuned(path: Path, methods: Iterable[str]) -> dict[str, Settings]:
 
 def compare(args: argparse.Namespace) -> None:
     """test gold of the tuned methods and of CLHA's ablations on fresh seeds, as OUT/fresh.jsonl"""
-    rows = tuned(args.tuning, args.methods or ())  # without --methods, all that are tuned
+    rows = tuned(args.tuning, args.methods or ())
+    methods = args.methods or runnable(rows)
     tasks = []
     for start in range(0, len(args.seeds), args.jobs):  # as many worlds at a time as there are jobs
         seeds = args.seeds[start : start + args.jobs]
-        for method, seed in itertools.product(args.methods or rows, seeds):
+        for method, seed in itertools.product(methods, seeds):
             tasks.append(Task(seed, method, rows[method], "test"))
     perform_all(tasks, args.out / "fresh.jsonl", args)
 

@@ -68,6 +68,18 @@ def test_a_method_that_is_not_tuned_is_refused(tmp_path: Path) -> None:
         run.compare(argparse.Namespace(methods=["CLHA", "PRO"], **flags))
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_rlhf_is_left_out_where_trl_is_missing(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: installed or None)
+    others = [method for method in run.GRIDS if method != "RLHF (RLOO)"]
+    assert run.runnable(others) == others
+    assert capsys.readouterr().err == ""
+    assert run.runnable(run.GRIDS) == ([*run.GRIDS] if installed else others)
+    assert ("pip install .[rlhf]" in capsys.readouterr().err) is not installed
+
+
 def test_the_reward_model_of_training_is_not_that_of_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
