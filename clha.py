@@ -70,8 +70,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # 1. Configuration -------------------------------------------------------------------------------------------
-# Every field is a flag of the command line: its name, its default, what it does or where it comes from. The
-# flags are made by transformers' HfArgumentParser, which adds no dependency.
+# Every field is a flag of the command line: its name, its default, what it does or where it comes from
 
 
 def option(default: Any, help: str) -> Any:
@@ -91,7 +90,7 @@ class Config:
     # The paper gives neither; ours were chosen on a small world with a known reward, study/toy.py.
     margin: float = option(0.3, "in nats per token (Eq. 6)")
     min_reward_gap: float = option(0.5, "a pair whose rewards differ by no more than this is left out: k = 1")
-    gate: bool = option(True, "lambda of Eq. 7: only a best response with a reward above 0 is imitated")
+    gate: bool = option(True, "imitate only best responses with a reward above 0 (Eq. 7); off: all of them")
     alpha: float | None = option(None, "Eq. 7; default 0.05 (l - 1)^2, l the median number of responses")
     # Tokens
     max_length: int = option(512, "tokens of prompt and response; the end is cut (release: 512)")
@@ -104,7 +103,7 @@ class Config:
     warmup_steps: int = option(0, "steps of linear warm-up (release: none)")
     epochs: float = option(2.0, "passes over the training data (Section 3.3)")
     max_steps: int = option(0, "steps of the run; 0: as many as --epochs make")
-    batch_size: int = option(128, "queries per step, of all processes; at most all (release: 8 GPUs x 2 x 8)")
+    batch_size: int = option(128, "queries per step, over all processes (release: 8 GPUs x 2 x 8)")
     weight_decay: float = option(0.01, "of AdamW (torch's default, as in the release)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (release: 1.0)")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "to compute in; auto: bfloat16 on GPUs")
@@ -525,7 +524,7 @@ def load_tokenizer(path: str, template: str = "auto") -> Tokenizer:
         if not found or not re.search(rf"\b{found[1]}\b", text):
             need = "auto, hh, a file, or NAME=VALUE with a name that the model's own template reads"
             raise InputError(f"--template {template}: must be {need}")
-        text = re.sub(rf"^{{%- set {found[1]}=[^%]*%}}", "", text)  # of a run that set it
+        text = re.sub(rf"^{{%- set {found[1]}=.*?%}}", "", text)  # of a run that set it
         tokenizer.chat_template = f"{{%- set {template} %}}{text}"
     return tokenizer
 
@@ -707,9 +706,10 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], identity: dict[str, An
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two runs, as text; "" if nothing does."""
-    names = [name for name, value in now.items() if before.get(name) != value]
-    return ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in names)[:300]
+    """What differs between two runs, as text; "" if nothing does. What is None now is not known yet."""
+    known = [name for name in now | before if now.get(name, "") is not None]
+    pairs = [(name, before.get(name), now.get(name)) for name in known]
+    return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)[:300]
 
 
 def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str, Any]) -> int:
@@ -726,7 +726,7 @@ def restore(path: Path, policy: Policy, optimizer: Optimizer, identity: dict[str
             wrong = f"damaged ({', '.join(damaged)}); remove it to resume from the one before"
             raise InputError(f"{path}: {wrong}")
         if told:
-            raise InputError(f"{path}: of another run ({told}); choose another --output_dir")
+            raise InputError(f"{path}: is another run's ({told}); choose another --output_dir")
 
     on_first_process(check)
     dcp_state.get_optimizer_state_dict(policy, optimizer)  # makes AdamW's moments, of zeros, to load into
@@ -774,7 +774,7 @@ def load_examples(
                 yield example | {name: [*map(float, record[name])] for name in fields}
             kept += bool(example)
             left_out += not example
-        wrong = f"{left_out} queries exceed --max_prompt_length with system and last turns alone"
+        wrong = f"the system and last turns of {left_out} queries exceed --max_prompt_length"
         if not kept:
             raise InputError(f"{path}: nothing is left; {wrong}")
         if left_out:
@@ -815,7 +815,7 @@ def data_order(queries: int, config: Config) -> Tensor:
         raise InputError(f"--epochs or --max_steps gives {steps:,} steps of {config.batch_size} queries")
     order = []
     for epoch in range(math.ceil(steps / per_epoch)):
-        generator = torch.Generator().manual_seed(config.seed + epoch)
+        generator = torch.Generator().manual_seed(config.seed + epoch)  # neighboring seeds share orders
         shuffled = torch.randperm(queries, generator=generator)[: per_epoch * config.batch_size]
         order.append(shuffled.view(per_epoch, config.batch_size))
     return torch.cat(order)[:steps]
@@ -890,8 +890,7 @@ def open_log(output: Path, settings: dict[str, Any], done: int) -> Path:
 
 
 def report(log: Path, step: int, metrics: dict[str, float], skipped: list[str], trackers: list[Any]) -> None:
-    """Appends a step's line to metrics.jsonl, with the ids of a skipped batch, and tells the trackers."""
-    # JSON has no number for what is not finite: null
+    """Appends a step to metrics.jsonl (null: not finite), with the ids of a skipped batch; tells trackers."""
     row: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     row |= {"skipped": skipped} if skipped else {}
     row |= {"time": datetime.now().isoformat(timespec="seconds")}
@@ -937,9 +936,8 @@ def train(
         counts = examples["count"][:]
         if config.alpha is None:
             config.alpha = 0.05 * (median_low(counts) - 1) ** 2  # Section 3.3
-        if loss_fn is None:  # 10,000 to 20,000 queries, evenly spread, tell what all would
-            sample = examples.select(range(0, len(examples), max(1, len(examples) // 10_000)))
-            on_first_process(lambda: check_rewards(sample["rewards"][:], config))
+        if loss_fn is None:
+            on_first_process(lambda: check_rewards(examples["rewards"][:], config))
             settings = {name: getattr(config, name) for name in ("margin", "min_reward_gap", "alpha", "gate")}
             loss_fn = partial(clha_loss, **settings)
         trackers = []  # one, on the first process, if it is asked for
@@ -1082,7 +1080,7 @@ def settle(config: Config, device: torch.device) -> Config:
     for name, value in vars(config).items():
         least = int(name in ("batch_size", "eval_every", "replicate", "max_prompt_length"))
         if isinstance(value, int | float) and not least <= value < 2**32:
-            raise InputError(f"--{name} {value}: must be a finite number of {least} or more, below 2**32")
+            raise InputError(f"--{name} {value}: must be a number of {least} or more, below 2**32")
     if config.max_prompt_length >= config.max_length:
         raise InputError(f"--max_prompt_length {config.max_prompt_length}: must be less than --max_length")
     if config.max_grad_norm == 0:
@@ -1099,21 +1097,22 @@ def settle(config: Config, device: torch.device) -> Config:
 
 
 def fixed(config: Config) -> dict[str, Any]:
-    """The settings that stay when a run resumes; without an alpha that follows from the data."""
-    return {name: value for name, value in asdict(config).items() if name not in FREE and value is not None}
+    """What stays when a run resumes; None is what model and data will tell."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return settings | {"model_hash": None, "tokens": None}
 
 
 def check_files(output: Path, identity: dict[str, Any]) -> None:
-    """Raises InputError if a folder has files of another run, or a model; a checkpoint is checked later."""
-    path = output / "config.json"
-    if checkpoints(output / "checkpoints") or not (path.exists() or (output / "metrics.jsonl").exists()):
+    """Raises InputError if a folder has files of another run, or a model."""
+    if not ((output / "config.json").exists() or (output / "metrics.jsonl").exists()):
         return
     try:
-        told = changes(json.loads(path.read_text()), identity)
+        before = json.loads((output / "config.json").read_text())
+        told = changes({name: before[name] for name in before if name not in FREE}, identity)
     except (OSError, ValueError, AttributeError):
         told = "config.json is missing or torn"
     if told:
-        raise InputError(f"{output}: of another run, or a model ({told}); choose another --output_dir")
+        raise InputError(f"{output}: is another run's, or a model ({told}); choose another --output_dir")
 
 
 @contextmanager
@@ -1184,7 +1183,7 @@ def check_record(record: Record, need: Iterable[str] = ()) -> str | None:
     """What is wrong with a record, or None; `need` names optional fields that must be there."""
     turns = record["prompt"] if isinstance(record.get("prompt"), list) else []
     texts = record["responses"] if isinstance(record.get("responses"), list) else []
-    chosen = record.get("chosen", 0)
+    chosen = record.get("chosen", None if "chosen" in need else 0)
     fields = [turn if isinstance(turn, dict) else {} for turn in turns]
     known = [str(turn.get("role")) in ROLES and isinstance(turn.get("content"), str) for turn in fields]
     if not known or not all(known):
@@ -1259,7 +1258,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         super().add_argument(action)
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.required else super()._get_help_string(action)
+        told = action.required or action.default in (None, "")
+        return action.help if told else super()._get_help_string(action)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import json
 import logging
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,7 @@ def read_responses(path: str, records: list[Record]) -> list[Record]:
     for number, line in clha.read_jsonl(path):
         place = f"{path}, line {number}"
         item, text = read_line(line)
+        item = str(item) if type(item) is int else item  # as records may have them
         if not isinstance(item, str) or not isinstance(text, str):
             shown = textwrap.shorten(json.dumps(line), 200)
             need = 'needs "id" and "response", two strings, or a successful line of OpenAI\'s batch output'
@@ -432,6 +434,10 @@ def run_generate(args: argparse.Namespace) -> None:
     for path in args.model:
         clha.load_tokenizer(path, args.template)  # what is wrong with a model is said before the work begins
     rank, _, _ = clha.init_process()
+    if len(args.model) > 1:
+        settings = {name: value for name, value in vars(args).items() if name not in ("model", "out", "run")}
+        settings["data"] = clha.file_hash(args.data)
+        clha.on_first_process(lambda: reward.keep_settings(Path(args.out), settings, bool(there)))
     for path, out in files.items():
         if path not in there:
             write_responses(path, records, out, args)
@@ -562,9 +568,14 @@ def run_score(args: argparse.Namespace) -> None:
             reward.check_output(Path(args.out) / name / "scores.json", "new")
     there = [name for name in files if (Path(args.out) / name / "scores.json").exists()]  # of a stopped run
     rank, _, device = clha.init_process()
+    reward_model = reward.load_reward_model(args.reward_model, device)
+    for name, path in zip(files, args.responses, strict=True):
+        settings = {"data": clha.file_hash(args.data), "responses": clha.file_hash(path)}
+        settings["reward_model"] = args.reward_model
+        keep = partial(reward.keep_settings, Path(args.out) / name, settings, name in there)
+        clha.on_first_process(keep)
     if there and rank == 0:
         print(f"kept    {', '.join(there)} in {args.out}: already there")
-    reward_model = reward.load_reward_model(args.reward_model, device)
     for name, responses in files.items():
         if name not in there:
             score_into(Path(args.out) / name, records, responses, reward_model)

@@ -235,9 +235,8 @@ def as_turns(prompt: Any) -> list[Turn]:
     """A prompt, a text, a dialogue in HH-RLHF's text or messages, as turns."""
     if not isinstance(prompt, str):
         return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-    if not re.fullmatch(r"\s*Human:.*\n\nAssistant:\s*", prompt, re.DOTALL):
-        return [{"role": "user", "content": prompt}]
-    return split_dialogue(prompt)[:-1]  # the last turn is empty
+    dialogue = re.fullmatch(r"(\s*Human:.*)\n\nAssistant:\s*", prompt, re.DOTALL)
+    return split_dialogue(dialogue[1]) if dialogue else [{"role": "user", "content": prompt}]
 
 
 def last_answer(messages: Any, prompt: list[Turn]) -> str:
@@ -255,8 +254,11 @@ def from_pairs(row: dict[str, Any]) -> Record:
     """TRL's formats: chosen and rejected, after "prompt" or after what both begin with."""
     if row.get("prompt") is not None:
         prompt = as_turns(row["prompt"])
-        responses = [last_answer(row["chosen"], prompt), last_answer(row["rejected"], prompt)]
-        return {"prompt": prompt, "responses": responses}
+        answers = [row["chosen"], row["rejected"]]
+        texts = [text for text in (row["prompt"], *answers) if isinstance(text, str)]
+        if len(texts) == 3 and all(text.startswith(texts[0]) for text in texts):  # they repeat the prompt
+            answers = [text.removeprefix(texts[0]) for text in answers]
+        return {"prompt": prompt, "responses": [last_answer(answer, prompt) for answer in answers]}
     record = hh_record(row)
     if isinstance(record, str):
         raise ValueError(f"no prompt: {record}")
@@ -303,8 +305,9 @@ def from_nectar(row: dict[str, Any]) -> Record:
     return {"prompt": as_turns(row["prompt"]), "responses": [answer["answer"] for answer in answers]}
 
 
+OURS = "clha.py's records"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]]] = {
-    "clha.py's records": (("prompt", "responses"), dict),
+    OURS: (("prompt", "responses"), dict),
     "scored responses": (("prompt", "all_generated_responses", "all_rm_scores"), from_scored_list),
     "scored columns": (("prompt", "response_0", "response_0_reward"), from_scored_columns),
     "UltraFeedback's completions": (("instruction", "completions"), from_completions),
@@ -324,7 +327,7 @@ def read_source(source: str, split: str, subset: str | None = None) -> Dataset:
         if path.is_dir() or (source.count("/") == 1 and source[0] not in "./~"):
             return load_dataset(source, data_dir=subset, split=split)
     except Exception as error:  # of any reader
-        cause = clha.reason(error.__cause__ or error)
+        cause = clha.reason(error.__cause__ or error) or "no rows in it"
         raise InputError(f"{source}: cannot be read ({type(error).__name__}: {cause})") from error
     raise InputError(f"{source}: no such file or folder, and not a hub name (owner/name)")
 
@@ -353,7 +356,7 @@ def convert(rows: Dataset, name: str, source: str, strict: bool) -> tuple[list[R
             wrong = clha.check_record(record)
             if not wrong and len(set(record["responses"])) < len(record["responses"]):
                 wrong = "two responses are the same"
-            if not wrong and "chosen" not in record:
+            if not wrong and "chosen" not in record and name != OURS:  # of ours nobody may have chosen
                 rewards = record.get("rewards", [0])  # without them it is the first
                 record["chosen"] = rewards.index(max(rewards))
         except ValueError as error:

@@ -216,7 +216,10 @@ def load_reward_model(
     if tokenizer.vocab_size > config.vocab_size:
         wrong = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         raise InputError(f"{path}: {wrong}")
-    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    reserved = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after its padding's
+    most = (getattr(config, "max_position_embeddings", None) or math.inf) - reserved
+    max_length = min(max_length, most)
     return RewardModel(model.to(device), tokenizer, dialogue_ids, max_length, pack_tokens)
 
 
@@ -249,9 +252,10 @@ def read_scale(path: Path, model: str) -> dict[str, Any] | None:
     """Mean and deviation of a model's rewards, from a file; None without one. Raises InputError."""
     if not path.exists():
         return None
-    scale = read_json(path, {"mean": float, "deviation": float, "model": str}, "a scale of rewards")
+    need = {"mean": int | float, "deviation": int | float, "model": str}
+    scale = read_json(path, need, "a scale of rewards")
     if scale["model"] != model:
-        raise InputError(f"{path}: is the scale of {scale['model']}; choose another file for {model}")
+        raise InputError(f"{path}: is the scale of {scale['model']}'s rewards; choose another file")
     if not 0 < scale["deviation"] < math.inf or not math.isfinite(scale["mean"]):
         raise InputError(f"{path}: not a reward scale: {scale}")
     return scale
@@ -263,13 +267,15 @@ def standardized(records: list[Record], path: Path, model: str) -> list[Record]:
     So training and dev data get one scale. Raises InputError if all rewards are equal.
     """
     scale = read_scale(path, model)
-    print(f"scale   {'read from' if scale else 'written to'} {path}")
-    if not scale:
+    if scale:
+        print(f"scale   read from {path}")
+    else:
         rewards = torch.tensor([float(reward) for record in records for reward in record["rewards"]])
         scale = {"mean": rewards.mean().item(), "deviation": rewards.std().item(), "model": model}
         if not scale["deviation"] > 0:
             raise InputError("--standardize: all rewards are equal")
         write_text(path, json.dumps(scale) + "\n")
+        print(f"scale   written to {path}")
     rows = []
     for record in records:
         rewards = [(reward - scale["mean"]) / scale["deviation"] for reward in record["rewards"]]
@@ -345,7 +351,8 @@ def save_picture(figure: Any, path: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Long work, part by part
 
-Work = Callable[[list[Any], int], list[Record]]  # see `write_in_parts`
+
+Work = Callable[[list[Any], int], list[Record]]
 
 
 def write_in_parts(out: Path, items: list[Any], settings: Any, work: Work, part: int, desc: str) -> None:
@@ -386,6 +393,17 @@ def locked(out: Path) -> Iterator[None]:
             lock_path.unlink(missing_ok=True)
     except Timeout:
         raise InputError(f"{out}: another program is writing it; end that one, or wait") from None
+
+
+def keep_settings(folder: Path, settings: dict[str, Any], finished: bool) -> None:
+    """Writes what a folder's files are made with; raises InputError if `finished` ones were not made so."""
+    path = folder / "settings.json"
+    if not finished:
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    elif path.exists():
+        told = clha.changes(read_json(path, {}, "settings"), settings)
+        if told:
+            raise InputError(f"{folder}: was made with other settings ({told}); choose another --out")
 
 
 def keep_whole_parts(path: Path, part: int) -> int:
@@ -454,6 +472,8 @@ def train(args: argparse.Namespace) -> None:
         places = range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [training[place % len(training)] for place in places]  # each epoch in the same order
         loss = train_step(model, optimizer, batch, args.norm_penalty)
+        if not math.isfinite(loss):
+            raise InputError(f"--learning_rate {args.learning_rate}: the loss of step {step + 1} is {loss}")
         scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}")
     report = scale_rewards(model, held_out)
@@ -525,7 +545,10 @@ def train_step(
 
 @torch.inference_mode()
 def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, float]:
-    """Makes the deviation of held-out rewards 1, so one min_reward_gap fits all models; reports on them."""
+    """Makes the deviation of held-out rewards 1, so one min_reward_gap fits all models; reports on them.
+
+    Raises InputError if they do not differ, or are not finite.
+    """
     right = 0
     rows = []
     for query in held_out:
@@ -535,6 +558,8 @@ def scale_rewards(model: RewardModel, held_out: list[Example]) -> dict[str, floa
     rewards = torch.cat(rows)
     pairs = len(rewards) - len(rows)
     scale = rewards.std()
+    if not 1e-4 < scale < math.inf:
+        raise InputError(f"held-out rewards have a standard deviation of {scale:.2g}; they tell nothing")
     model.head.weight /= scale
     mean_reward = (rewards.mean() / scale).item()
     return {"accuracy": right / pairs, "pairs": pairs, "mean_reward": mean_reward, "scale": scale.item()}
@@ -591,7 +616,7 @@ def read_records(path: str | Path, need: Iterable[str] = ()) -> list[Record]:
     return list(clha.iter_records(path, need))
 
 
-def read_json(path: str | Path, need: dict[str, type], what: str) -> dict[str, Any]:
+def read_json(path: str | Path, need: dict[str, Any], what: str) -> dict[str, Any]:
     """An object from a JSON file. Raises InputError where it lacks what it needs, {name: type}."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -626,7 +651,7 @@ def check_numbers(settings: Any, positive: Iterable[str] = ()) -> None:
         least = int(name in (*AT_LEAST_ONE, *positive))
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not least <= number < 2**32:
-                raise InputError(f"--{name} {number}: must be a finite number of {least} or more")
+                raise InputError(f"--{name} {number}: must be a number of {least} or more, below 2**32")
 
 
 class Parser(transformers.HfArgumentParser):
@@ -662,6 +687,7 @@ def score(args: argparse.Namespace) -> None:
     if args.standardize:  # a scale that does not fit is refused before the work
         check_output(args.standardize, "file")
         read_scale(Path(args.standardize), args.model)
+        Path(args.standardize).parent.mkdir(parents=True, exist_ok=True)
         raw = Path(f"{args.out}.raw.partial")
     records = read_records(args.data)
     model = load_reward_model(args.model, device, args.max_length, args.pack_tokens)

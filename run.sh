@@ -5,7 +5,8 @@
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
 #                        (SCALE=40 takes 40 percent of the steps)
 #   bash run.sh study    the study of RESULTS.md on the toy world, as OUT/RESULTS.md. Takes hours, and resumes where
-#                        it was stopped; SEEDS="0 1" is a quick one, with the committed tuning (OUT=out/study)
+#                        it was stopped (OUT=out/study). SEEDS="0 1" is a quick one of its endpoints and most of its
+#                        methods, as tuned in docs/study
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
 #
@@ -139,8 +140,10 @@ study() {
         echo "study: tunes every method, then compares them on 20 seeds; SEEDS=\"0 1\" is a quick one"
         "$PYTHON" -m study.run tune --out "$out"
         "$PYTHON" -m study.run compare --out "$out" --tuning "$out/tuning.jsonl"
+        "$PYTHON" -m study.run vary --out "$out" --tuning "$out/tuning.jsonl"
     else
-        "$PYTHON" -m study.run compare --out "$out" --seeds "${seeds[@]}"  # as tuned in docs/study
+        "$PYTHON" -m study.run compare --out "$out" --seeds "${seeds[@]}" --methods \
+            base CLHA "CLHA w/o gate" "CLHA w/o filter" PRO "gated SFT" SFT RRHF DPO "CPO, hinge" CoH "CLHA as released"
     fi
     "$PYTHON" -m study.report --rows "$out"
 }
@@ -161,6 +164,7 @@ full() {
     need RESTARTS '[0-9]+' "a number, 0 or more"
     need OBJECTIVE 'released|clha' "released or clha"
     need_model MODEL HH RM_TRAIN RM_EVAL
+    [[ "${TRAIN_FLAGS:-}" != *lora_rank* ]] || die "TRAIN_FLAGS: adapters must be merged by hand; leave --lora_rank out"
     setup
     need_out
     local launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" --max_restarts "$RESTARTS")
@@ -172,10 +176,13 @@ full() {
     # Raw HH-RLHF has a folder for each subset; the authors' data.zip has not.
     [ -d "$hh" ] && ! compgen -G "$hh/*-base" > /dev/null && format=release
     stage "$data" "$PYTHON" prepare_data.py "$format" --source "$hh" --out "$data"
+    for part in train dev test; do
+        [ -e "$data/$part.jsonl" ] ||
+            die "$data: lacks $part.jsonl; remove it if it was left unfinished, else $hh has no $part data"
+    done
     for part in train dev; do
-        [ -e "$data/$part.jsonl" ] || die "$hh: has no $part data"
         if [ $format = release ]; then  # scored by the authors
-            stage "$out/$part.jsonl" cp "$data/$part.jsonl" "$out/$part.jsonl"
+            stage "$out/$part.jsonl" ln -s "data/$part.jsonl" "$out/$part.jsonl"
         else
             stage "$out/$part.jsonl" "${launch[@]}" reward.py score --model "$RM_TRAIN" \
                 --data "$data/$part.jsonl" --out "$out/$part.jsonl" --plot "$out/gaps-$part.png"
@@ -196,7 +203,8 @@ full() {
     responses=("$out"/dev/*.jsonl)
     stage "$out/dev/eval/$(basename "${responses[-1]}" .jsonl)/scores.json" "${launch[@]}" evaluate.py score \
         --responses "${responses[@]}" --data "$out/dev.jsonl" --reward_model "$RM_TRAIN" --out "$out/dev/eval"
-    best=$(basename "$("$PYTHON" evaluate.py best "$out"/dev/eval/*)")
+    best=$("$PYTHON" evaluate.py best "$out"/dev/eval/*)
+    best=$(basename "$best")
     echo "== the best checkpoint by dev reward: $best"
     generate "$MODEL" "$data/test.jsonl" "$out/test/base.jsonl"
     generate "$out/train/$best" "$data/test.jsonl" "$out/test/clha.jsonl"

@@ -365,15 +365,23 @@ def write_reference(args: argparse.Namespace) -> None:
     records = reward.read_records(args.data)
     tokenizer = clha.load_tokenizer(args.model, args.template)
     policy, _ = clha.load_policy(config, device)
-    encoded = (clha.encode(record, tokenizer, config) for record in records)
-    longest = max(filter(None, encoded), key=itemgetter("longest"))
+
+    def encode(record: Record) -> clha.Example | None:
+        try:
+            return clha.encode(record, tokenizer, config)
+        except InputError as error:
+            raise InputError(f"{args.data}, {record['id']}: {error}") from error
+
+    longest = max(filter(None, map(encode, records)), key=itemgetter("longest"), default=None)
+    if not longest:
+        raise InputError(f"{args.data}: no prompt fits --max_prompt_length {args.max_prompt_length}")
     clha.check_policy(policy, longest, longest["longest"], config.dtype)
     policy.eval()
 
     @torch.no_grad()
     def work(share: list[Record], _: int) -> list[Record]:
         # A chat that does not fit is left out of the training too, whatever number it gets.
-        examples = [clha.encode(record, tokenizer, config) or longest for record in share]
+        examples = [encode(record) or longest for record in share]
         sizes = [example["size"] for example in examples]
         packs = clha.balance(sizes, config.pack_tokens, 1) if share else []
         most = torch.tensor(len(packs))  # of any process; a sharded model needs as many passes on each

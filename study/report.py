@@ -34,12 +34,11 @@ CLAIMS = {  # what it means that they hold
     "the filter": "Leaving out pairs that are close in reward helps",
     "the contrast": "CLHA has a higher gold than gated SFT, each tuned",
 }
-PAPERS = run.PAPERS
 NEITHER = "CLHA w/o gate and filter"
 EXPLORATORY = {  # what is asked, and the row with it and the one without
-    f"the gate{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o gate{PAPERS}"),
-    f"the filter{PAPERS}": (f"CLHA{PAPERS}", f"CLHA w/o filter{PAPERS}"),
-    f"gate and filter{PAPERS}": (f"CLHA{PAPERS}", NEITHER + PAPERS),
+    f"the gate{run.PAPERS}": (f"CLHA{run.PAPERS}", f"CLHA w/o gate{run.PAPERS}"),
+    f"the filter{run.PAPERS}": (f"CLHA{run.PAPERS}", f"CLHA w/o filter{run.PAPERS}"),
+    f"gate and filter{run.PAPERS}": (f"CLHA{run.PAPERS}", NEITHER + run.PAPERS),
     "the gate, without the contrast": ("CLHA w/o contrast", "CLHA w/o contrast and gate"),
     "the gate, in tuned SFT": ("gated SFT", "SFT"),
 }
@@ -170,10 +169,11 @@ class Endpoint(NamedTuple):
 
 def endpoints(rows: dict[str, Seeds]) -> list[Endpoint]:
     """The answers to the protocol's questions. Raises InputError if a row is missing."""
-    missing = [label for label in ("CLHA", *ENDPOINTS.values()) if label not in rows]
-    if missing:
-        raise InputError(f"fresh.jsonl: has no run of {missing[0]}; `python -m study.run compare` makes them")
     gains = [lead(rows, "CLHA", worse) for worse in ENDPOINTS.values()]
+    if None in gains:
+        missing = [*ENDPOINTS.values()][gains.index(None)]
+        told = f"has no seed with CLHA and {missing}; `python -m study.run compare` makes them"
+        raise InputError(f"fresh.jsonl: {told}")
     corrected = holm([gain.p() for gain in gains])
     found = zip(ENDPOINTS, gains, corrected, strict=True)
     return [Endpoint(name, gain, p, verdict(gain, p)) for name, gain, p in found]
@@ -208,7 +208,7 @@ def without_a_seed(found: list[Endpoint], rows: dict[str, Seeds]) -> dict[str, s
             label: {seed: row for seed, row in seeds.items() if seed != left_out}
             for label, seeds in rows.items()
         }
-        if fewer["CLHA"]:
+        if all(lead(fewer, "CLHA", worse) for worse in ENDPOINTS.values()):
             for before, after in zip(found, endpoints(fewer), strict=True):
                 if after.verdict != before.verdict:
                     told[before.name].append(f"{after.verdict} without {left_out}")
@@ -222,11 +222,11 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
         lines.append(f"- *{CLAIMS[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    rivals = [label for label in run.GRIDS if label != "CLHA" and label not in run.EXPLORATORY]
+    rivals = [label for label in run.GRIDS if label != "CLHA" and label not in run.ADDED_LATER]
     behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in rivals}, correct=True)
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by t tests corrected together: {told}.")
-    more = {label: lead(rows, "CLHA", label) for label in run.EXPLORATORY}
+    more = {label: lead(rows, "CLHA", label) for label in run.ADDED_LATER}
     told = "; ".join(f"*{label}* {cell(gain, '+.2f')}" for label, gain in more.items() if gain)
     if told:
         lines.append(f"- CLHA minus rows of settings that were added later, exploratory: {told}.")
@@ -399,7 +399,7 @@ def plot(found: list[Endpoint], rows: dict[str, Seeds], path: Path) -> None:
     """A forest plot with 95 % intervals: the endpoints, CLHA minus other tuned rows, and `exploratory`."""
     pyplot = reward.import_pyplot()
     shown_above = ("CLHA", "base", *ENDPOINTS.values())
-    others = [label for label in rows if label not in shown_above and PAPERS not in label]
+    others = [label for label in rows if label not in shown_above and run.PAPERS not in label]
     gains = {f"CLHA - {label}": lead(rows, "CLHA", label) for label in others}
     items = [(f"{endpoint.name}: {endpoint.verdict}", endpoint.gain, "s") for endpoint in found]
     items += [(name, gain, "o") for name, gain in (gains | exploratory(rows)).items() if gain]

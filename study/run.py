@@ -80,7 +80,7 @@ GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     "CLHA, eight more": grid("clha", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
     "PRO, eight more": grid("pro", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
 }
-EXPLORATORY = ("CLHA, eight more", "PRO, eight more")  # see the end of the protocol
+ADDED_LATER = ("CLHA, eight more", "PRO, eight more")  # see the end of the protocol
 RLHF_STEPS = 100
 NOTHING_KEPT = 1e6  # a reward gap that no pair has: the contrast is off
 ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings

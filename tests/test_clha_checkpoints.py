@@ -416,7 +416,7 @@ def test_another_run_is_refused_by_what_differs(
     out = tmp_path / "run"
     stop(run_in(out, **COSINE), 3)
     others = {
-        r"step-3: of another run \(margin 0.3 -> 0.7, seed 42 -> 3\)": {"margin": 0.7, "seed": 3},
+        r"run: is another run's, or a model \(margin 0.3 -> 0.7, seed 42 -> 3\)": {"margin": 0.7, "seed": 3},
         r"\(max_steps 8 -> 9\)": {"max_steps": 9},
         r"\(dtype float32 -> bfloat16\)": {"dtype": "bfloat16"},
         r"\(batch_size 8 -> 4, weight_decay 0.01 -> 0.0\)": {"batch_size": 4, "weight_decay": 0.0},
@@ -426,7 +426,9 @@ def test_another_run_is_refused_by_what_differs(
     changed = write(tmp_path / "changed.jsonl", records)
     others[r"\(tokens \['\w+'\] -> \['\w+'\]\); choose another --output_dir"] = {"train_data": str(changed)}
     for message, settings in others.items():
+        tokens = {*(out / "tokens").rglob("*.arrow")}
         fails(run_in(out, **(COSINE | settings)), clha.InputError, message)
+        assert "tokens" in message or {*(out / "tokens").rglob("*.arrow")} == tokens  # told before the work
     assert steps(out) == [1, 2, 3] and kept(out) == {"step-3"}
     # What changes nothing but rounding may change, and the data may lie elsewhere.
     moved = shutil.copy(data, tmp_path / "moved.jsonl")
@@ -441,7 +443,7 @@ def test_a_folder_of_something_else_is_no_output(
 ) -> None:
     told = "choose another --output_dir"
     shutil.copytree(world / "init", tmp_path / "model")
-    fails(run_in(tmp_path / "model"), clha.InputError, f"model: of another run, or a model .*{told}")
+    fails(run_in(tmp_path / "model"), clha.InputError, f"model: is another run's, or a model .*{told}")
     assert (tmp_path / "model/config.json").read_bytes() == (world / "init/config.json").read_bytes()
     (tmp_path / "log").mkdir()
     (tmp_path / "log/metrics.jsonl").write_text("mine")
@@ -489,9 +491,11 @@ def test_another_model_in_the_same_place_is_refused(
         monkeypatch.setattr(module, "__version__", "9.9.9")
     stop(run, 1)  # the same model elsewhere goes on, also with another version of transformers
     change(tmp_path / "moved")
-    fails(
-        run, clha.InputError, r"step-3: of another run \(model_hash \w+ -> \w+\); choose another --output_dir"
-    )
+    told = r"another run's.* \(model_hash \w+ -> \w+\); choose another --output_dir"
+    fails(run, clha.InputError, f"run: is {told}")
+    (tmp_path / "run/config.json").unlink()  # as in a folder to which only checkpoints were copied
+    (tmp_path / "run/metrics.jsonl").unlink()
+    fails(run, clha.InputError, f"step-3: is {told}")
 
 
 def test_a_model_that_takes_images_too_goes_on(

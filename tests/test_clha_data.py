@@ -110,7 +110,7 @@ def test_only_what_is_needed_must_be_there() -> None:
     unscored = {name: value for name, value in GOOD.items() if name != "rewards"}
     assert clha.check_record(unscored) is None
     assert clha.check_record(unscored, ["rewards"]).startswith('no "rewards"')
-    assert clha.check_record(GOOD, ["rewards", "chosen"]).startswith('no "chosen"')
+    assert clha.check_record(GOOD, ["rewards", "chosen"]).startswith('"chosen" must be the index')
     assert clha.check_record(GOOD | {"chosen": 1}, ["rewards", "chosen"]) is None
 
 

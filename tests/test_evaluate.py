@@ -442,6 +442,9 @@ def test_of_several_models_those_whose_responses_are_there_are_kept(
     assert f"kept    {kept}: already there" in program(*command, "--out", out)
     assert kept.read_text() == "of a run before\n"
     assert len((out / "other.jsonl").read_text().splitlines()) == len(make_records())
+    program(*command, "--out", tmp_path / "new")
+    with pytest.raises(InputError, match=r"new: was made with other settings \(max_new_tokens 2 -> 3\)"):
+        program(*command[:-1], 3, "--out", tmp_path / "new")
     monkeypatch.setattr(clha, "init_process", lambda: (1, 2, torch.device("cpu")))  # the second of two
     assert program(*command, "--out", out) == ""
 
@@ -535,9 +538,11 @@ def test_batch_output_and_lines_of_ours_are_read_alike(tmp_path: Path) -> None:
         ([FAILED], "The model `x` does not exist."),
         ([REFUSED], "OpenAI's batch output, not {"),
         ([OPENAI.replace('"choices": [{', '"choice": [{')], "line 1: needs"),
-        ([OPENAI.replace('"custom_id": "item-1"', '"custom_id": 1')], "line 1: needs"),
+        ([OPENAI.replace('"custom_id": "item-1"', '"custom_id": 1')], "line 1: no record has the id 1"),
+        ([OPENAI.replace('"custom_id": "item-1"', '"custom_id": true')], "line 1: needs"),
         (['{"id": "item-0"}'], "line 1: needs"),
-        (['{"id": 0, "response": "x"}'], "line 1: needs"),
+        (['{"id": 0, "response": "x"}'], "line 1: no record has the id 0"),
+        (['{"id": 0.5, "response": "x"}'], "line 1: needs"),
         (['{"id": "item-0", "response": null}'], "line 1: needs"),
         (['{"id": "item-0", "response": "x", "gold": NaN}'], '"gold" must be a finite number, not nan'),
         (['{"id": "item-0", "response": "x", "gold": 1e999}'], '"gold" must be a finite number, not inf'),
@@ -692,6 +697,9 @@ def test_files_are_scored_against_the_chosen_responses(
     (out / "base" / "scores.json").unlink()  # as a run that was stopped leaves it
     again = program(*command, "--out", out)
     assert again == f"kept    step-20 in {out}: already there\n{printed}"
+    shutil.copytree(reward_folder, tmp_path / "another")
+    with pytest.raises(clha.InputError, match=r"base: was made with other settings \(reward_model .*another"):
+        program(*command[:-1], tmp_path / "another", "--out", out)
     alone = ["score", "--responses", responses[0], *command[command.index("--data") :], "--out", out]
     with pytest.raises(clha.InputError, match=r"scores.json: already exists"):
         program(*alone)

@@ -425,6 +425,12 @@ FORMATS = {  # a row, and its record
         ONE,
     ),
     "HH-RLHF's text, explicit": ({"prompt": HH, "chosen": " Yes", "rejected": " No"}, PAIR),
+    "HH-RLHF's text, repeated": ({"prompt": HH, "chosen": f"{HH} Yes", "rejected": f"{HH} No"}, PAIR),
+    "a text, repeated": ({"prompt": "Tea?", "chosen": "Tea? Yes", "rejected": "Tea? No"}, ONE),
+    "a text that one repeats": (
+        {"prompt": "Tea?", "chosen": "Tea? Yes", "rejected": "No"},
+        ONE | {"responses": ["Tea? Yes", "No"]},
+    ),
     "Nectar": (
         {
             "prompt": HH,
@@ -443,6 +449,12 @@ def convert(monkeypatch: pytest.MonkeyPatch, source: Path | str, out: Path, *wor
     """What `preference` makes of a file."""
     run(monkeypatch, "preference", "--source", source, "--out", out, *words)
     return list(clha.iter_records(out))
+
+
+def test_no_turn_of_a_prompt_is_lost() -> None:
+    turns = [user("a"), assistant("b")]
+    assert prepare_data.as_turns("\n\nHuman: a\n\nAssistant: b\n\nAssistant:") == turns
+    assert prepare_data.as_turns("\n\nHuman: a\n\nAssistant:") == turns[:1]
 
 
 @pytest.mark.parametrize(("row", "record"), FORMATS.values(), ids=FORMATS)
@@ -529,14 +541,12 @@ def test_what_people_chose_is_kept_and_what_nobody_chose_is_left_out(
     assert "left out 1: values are missing (first: row 3)" in printed
 
 
-def test_a_record_without_a_choice_gets_the_best_of_its_rewards_beside_one_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_of_ours_without_a_choice_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = {"prompt": [user("Tea?")], "responses": ["No", "Yes"], "rewards": [1.0, 2.0]}
     rows = [scored | {"chosen": 0}, scored]  # as a table, the second has null in that column
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = convert(monkeypatch, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
-    assert [record["chosen"] for record in found] == [0, 1]
+    assert [record.get("chosen") for record in found] == [0, None]
 
 
 @pytest.mark.parametrize(

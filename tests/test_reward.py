@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 import clha
@@ -214,6 +216,18 @@ def test_an_encoder_scores_the_same_in_any_batch(tokenizer: PreTrainedTokenizerF
     assert model.score(prompts, responses) == pytest.approx(one_by_one, abs=1e-5)
     with pytest.raises(InputError, match="is an encoder"):
         reward.start_from(str(tmp_path), max_length=256, pack_tokens=1000)
+
+
+def test_a_long_text_fits_the_positions_of_a_roberta(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = RobertaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=1, **SIZES)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = reward.load_reward_model(str(tmp_path), max_length=2048)
+    assert model.max_length == SIZES["max_position_embeddings"] - 2  # two are of padding
+    [score] = model.score([[{"role": "user", "content": "Why? " * 200}]], ["So."])
+    assert math.isfinite(score)
 
 
 WRONG = {
@@ -565,6 +579,25 @@ def test_training_finds_what_is_preferred_on_queries_it_has_not_seen(trained: di
     assert not [path for path in trained["path"].parent.iterdir() if path.name not in ("rm", "pairs.jsonl")]
 
 
+@pytest.mark.parametrize(
+    ("same", "settings", "message"),
+    [
+        (False, {"learning_rate": 1e30}, r"--learning_rate 1e\+30: the loss of step \d+ is nan"),
+        (True, {"epochs": 1}, "held-out rewards have a standard deviation of"),
+    ],
+)
+def test_training_that_fails_saves_no_model(
+    same: bool, settings: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    records = make_records(60)
+    if same:  # which tell nothing
+        records = [records[0] | {"id": str(i), "responses": ["So."] * 2, "chosen": 0} for i in range(60)]
+    reward.write_jsonl(tmp_path / "pairs.jsonl", records)
+    with pytest.raises(InputError, match=message):
+        reward.train(settings_of_training(base, tmp_path / "pairs.jsonl", tmp_path / "rm", **settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
 def test_the_report_is_what_the_saved_model_gives_in_units_of_its_deviation(
     trained: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -846,7 +879,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (SCORE + " --plot {file}/gaps.png", GOOD, "data.jsonl is a file"),
     (SCORE + " --model {base}", GOOD, "has 2 outputs, not one"),
     (SCORE, {"prompt": "How?"}, 'data.jsonl, line 1: "prompt" must be a list'),
-    (TRAIN, GOOD, 'data.jsonl, line 1: no "chosen"'),
+    (TRAIN, GOOD, 'data.jsonl, line 1: "chosen" must be the index'),
     (TRAIN, GOOD | {"chosen": 2}, '"chosen" must be the index of a response'),
     (
         TRAIN,

@@ -216,8 +216,10 @@ def test_standardized_rewards_keep_the_scale_of_the_training_file(tmp_path: Path
     assert sum(reward for row in scaled for reward in row["rewards"]) == pytest.approx(0)
     [dev] = reward.standardized([{"rewards": [4.0, 4.0 + scale["deviation"]]}], path, "rm")
     assert dev["rewards"] == pytest.approx([0.0, 1.0])
-    with pytest.raises(InputError, match=r"scale\.json: is the scale of rm; choose another"):
+    with pytest.raises(InputError, match=r"scale\.json: is the scale of rm's rewards; choose another"):
         reward.standardized(train_data, path, "other")
+    path.write_text('{"mean": 4, "deviation": 2, "model": "rm"}')  # by hand
+    assert reward.standardized(train_data, path, "rm")[1]["rewards"] == [0.5, 1.5]
     path.write_text('{"mean": 1.0, "deviation": 0.0, "model": "rm"}')
     with pytest.raises(InputError, match=r"scale\.json: not a reward scale"):
         reward.standardized(train_data, path, "rm")

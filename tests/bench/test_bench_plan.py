@@ -116,8 +116,8 @@ def test_a_measured_rate_gives_hours(
 @pytest.mark.parametrize(
     ("module", "flags", "line"),
     [
-        (plan, "--nproc 0", "--nproc 0: must be a finite number of 1 or more"),
-        (plan, "--memory_gb -1", "--memory_gb -1.0: must be a finite number of 0 or more"),
+        (plan, "--nproc 0", "--nproc 0: must be a number of 1 or more"),
+        (plan, "--memory_gb -1", "--memory_gb -1.0: must be a number of 0 or more"),
         (plan, "--nproc 3 --replicate 2", "--replicate 2: must divide the 3 processes"),
         (plan, "--gpu abacus", "--gpu: invalid choice"),
         (plan, "--max_length 9", "--max_prompt_length 384: must be less than --max_length"),

@@ -664,7 +664,7 @@ def test_a_stage_writes_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "lacks", "message"),
     [
-        (["labels"], "chosen", 'in.jsonl, line 1: no "chosen"'),
+        (["labels"], "chosen", 'in.jsonl, line 1: "chosen" must be the index'),
         (["ranked"], "rewards", 'in.jsonl, line 1: no "rewards"'),
         (["hindsight"], "rewards", 'in.jsonl, line 1: no "rewards"'),
         (["labels", "--model", "m"], "", "unrecognized arguments: --model m"),
@@ -820,6 +820,11 @@ def test_another_objective_does_not_resume_a_run(world: Path, scored: Path, tmp_
     (tmp_path / "final").rename(tmp_path / "taken away")
     with pytest.raises(InputError, match="objective pro -> rrhf"):
         run(world, scored, tmp_path, "rrhf", max_steps=1, alpha=0.05)
+    own = clha.Config(
+        str(world / "init"), str(scored), str(tmp_path), **SMALL, max_steps=1, learning_rate=1e-3
+    )
+    with pytest.raises(InputError, match="objective pro -> None"):
+        clha.train(own)
     with pytest.raises(InputError, match="temperatures True -> False"):
         run(world, scored, tmp_path, "pro", max_steps=1, temperatures=False)
     rows = run(world, scored, tmp_path, "pro", max_steps=1)  # the same one goes on: nothing is left to do

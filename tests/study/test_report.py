@@ -188,9 +188,15 @@ def test_other_worlds_are_told_as_far_as_they_are_run(tmp_path: Path) -> None:
 
 def test_without_the_rows_of_an_endpoint_nothing_is_written(tmp_path: Path) -> None:
     write_rows(tmp_path, {label: golds for label, golds in GOLDS.items() if label != "CLHA w/o gate"})
-    with pytest.raises(InputError, match="no run of CLHA w/o gate"):
+    with pytest.raises(InputError, match="no seed with CLHA and CLHA w/o gate;"):
         report.write(tmp_path, tmp_path / "RESULTS.md")
     assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_a_study_that_goes_on_has_a_page(tmp_path: Path) -> None:
+    golds = {label: golds[:2] for label, golds in GOLDS.items()}
+    text = page(tmp_path, golds | {"CLHA w/o gate": golds["CLHA w/o gate"][:1]})
+    assert verdicts(text).keys() == report.ENDPOINTS.keys()
 
 
 def test_one_seed_gives_a_page_without_verdicts(tmp_path: Path) -> None:
