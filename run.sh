@@ -5,8 +5,8 @@
 #   bash run.sh tiny     the whole method on the toy world: data, models, training, table, pictures
 #                        (SCALE=40 takes 40 percent of the steps)
 #   bash run.sh study    the study of RESULTS.md on the toy world, as OUT/RESULTS.md. Takes hours, and resumes where
-#                        it was stopped (OUT=out/study). SEEDS="0 1" is a quick one of its endpoints and most of its
-#                        methods, as tuned in docs/study
+#                        it was stopped (OUT=out/study). SEEDS="0 1" is a quick one without RLHF and
+#                        most ablations, as tuned in docs/study
 #   bash run.sh test     the tests
 #   bash run.sh          the paper's experiment, with these variables:
 #
@@ -143,7 +143,8 @@ study() {
         "$PYTHON" -m study.run vary --out "$out" --tuning "$out/tuning.jsonl"
     else
         "$PYTHON" -m study.run compare --out "$out" --seeds "${seeds[@]}" --methods \
-            base CLHA "CLHA w/o gate" "CLHA w/o filter" PRO "gated SFT" SFT RRHF DPO "CPO, hinge" CoH "CLHA as released"
+            base CLHA "CLHA w/o gate" "CLHA w/o filter" PRO "gated SFT" SFT RRHF DPO "CPO, hinge" ODPO LiPO-lambda \
+            SimPO CoH "CLHA as released"
     fi
     "$PYTHON" -m study.report --rows "$out"
 }

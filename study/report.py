@@ -9,6 +9,7 @@ Intervals are Student's t over seeds; the endpoints' p-values are corrected toge
 
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,14 +201,16 @@ def endpoint_table(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     return reward.markdown(lines)
 
 
+def without(rows: dict[str, Seeds], left_out: int) -> dict[str, Seeds]:
+    """All rows but those of a seed."""
+    return {label: {s: row for s, row in seeds.items() if s != left_out} for label, seeds in rows.items()}
+
+
 def without_a_seed(found: list[Endpoint], rows: dict[str, Seeds]) -> dict[str, str]:
     """How the verdict on each endpoint changes when one of the seeds is left out."""
     told: dict[str, list[str]] = {endpoint.name: [] for endpoint in found}
     for left_out in rows["CLHA"]:
-        fewer = {
-            label: {seed: row for seed, row in seeds.items() if seed != left_out}
-            for label, seeds in rows.items()
-        }
+        fewer = without(rows, left_out)
         if all(lead(fewer, "CLHA", worse) for worse in ENDPOINTS.values()):
             for before, after in zip(found, endpoints(fewer), strict=True):
                 if after.verdict != before.verdict:
@@ -217,15 +220,20 @@ def without_a_seed(found: list[Endpoint], rows: dict[str, Seeds]) -> dict[str, s
 
 
 def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
-    """The page in five lines."""
+    """The page in a few lines."""
     lines = []
     for endpoint in found:
         told = f"{cell(endpoint.gain, '+.2f')} gold, corrected p {shown(endpoint.p)}"
         lines.append(f"- *{CLAIMS[endpoint.name]}*: **{endpoint.verdict}** ({told}).")
-    rivals = [label for label in run.GRIDS if label != "CLHA" and label not in run.ADDED_LATER]
-    behind, ahead, level = sides({label: lead(rows, "CLHA", label) for label in rivals}, correct=True)
+    places = rivals(rows)
+    behind, ahead, level = map(listed, places)
     told = f"behind it: {behind}. Ahead of it: {ahead}. Not told apart from it: {level}"
     lines.append(f"- The tuned methods against CLHA, by t tests corrected together: {told}.")
+    moved: set[str] = set()
+    for seed in rows["CLHA"]:
+        for before, after in zip(places, rivals(without(rows, seed)), strict=True):
+            moved |= {*after} - {*before}
+    lines.append(f"- In another of these three lists without one of the seeds: {listed(sorted(moved))}.")
     more = {label: lead(rows, "CLHA", label) for label in run.ADDED_LATER}
     told = "; ".join(f"*{label}* {cell(gain, '+.2f')}" for label, gain in more.items() if gain)
     if told:
@@ -233,15 +241,25 @@ def answer(found: list[Endpoint], rows: dict[str, Seeds]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sides(gains: dict[str, Mean | None], correct: bool = False) -> list[str]:
+def rivals(rows: dict[str, Seeds]) -> tuple[list[str], list[str], list[str]]:
+    """The other tuned methods that are behind CLHA, ahead of it, and neither, corrected together."""
+    others = [label for label in run.GRIDS if label != "CLHA" and label not in run.ADDED_LATER]
+    return sides({label: lead(rows, "CLHA", label) for label in others}, correct=True)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence; some have commas."""
+    return "; ".join(names) or "none"
+
+
+def sides(gains: dict[str, Mean | None], correct: bool = False) -> tuple[list[str], list[str], list[str]]:
     """The names whose mean is above zero, below it, and neither, by p < 0.05, corrected together or not."""
     found = {name: gain for name, gain in gains.items() if gain}
     values = [gain.p() for gain in found.values()]
     p = dict(zip(found, holm(values) if correct else values, strict=True))
     above = [name for name, gain in found.items() if p[name] < LEVEL and gain.mean > 0]
     below = [name for name, gain in found.items() if p[name] < LEVEL and gain.mean < 0]
-    on = [name for name in found if name not in above + below]
-    return ["; ".join(names) or "none" for names in (above, below, on)]
+    return above, below, [name for name in found if name not in above + below]
 
 
 def method_table(rows: dict[str, Seeds]) -> str:
@@ -252,10 +270,10 @@ def method_table(rows: dict[str, Seeds]) -> str:
     for label, seeds in rows.items():
         ahead = "" if label == "CLHA" else cell(difference(clha_rows, seeds), "+.2f")
         costs = []
-        for name in ("tokens", "seconds"):
-            both = [seed for seed, row in seeds.items() if name in row and seed in clha_rows]
-            shares = [seeds[seed][name] / clha_rows[seed][name] for seed in both]
-            costs.append(f"{statistics.median(shares):.1f}" if shares else "")
+        for name, typical in (("tokens", statistics.median), ("seconds", min)):  # other work only adds time
+            values = [row[name] for row in seeds.values() if name in row]
+            least = [row[name] for row in clha_rows.values()]
+            costs.append(f"{typical(values) / typical(least):.1f}" if values else "")
         cells = [cell(score(seeds, name)) for name in names]
         lines.append([f"**{label}**" if label == "CLHA" else label, *cells, ahead, *costs, str(len(seeds))])
     return reward.markdown(lines)
@@ -320,7 +338,7 @@ def worlds_answer(worlds: dict[str, dict[str, Seeds]]) -> str:
     lines = []
     for name, label in GAINS.items():
         above, below, _ = sides({world: lead(rows, label, NEITHER) for world, rows in worlds.items()})
-        lines.append(f"- *{name}*: **raises** gold in: {above}. **Lowers** it in: {below}.")
+        lines.append(f"- *{name}*: **raises** gold in: {listed(above)}. **Lowers** it in: {listed(below)}.")
     control = lead(worlds.get("even errors", {}), "CLHA", "SFT")
     if control:
         found = "as expected" if abs(control.mean) <= control.half() else "against what was expected"
@@ -437,7 +455,7 @@ def write(folder: Path, page: Path) -> None:
     plot(found, rows, folder / "endpoints.png")
     seeds = [*rows["CLHA"]]
     planned = [*run.GRIDS, *run.ABLATIONS, "CLHA as released"]
-    unfinished = [label for label in planned if len(rows.get(label, {})) < len(seeds)]
+    fewer = [label for label in planned if 0 < len(rows.get(label, {})) < len(seeds)]
     asked = "" if seeds == [*run.FRESH_SEEDS] else f" (not the {len(run.FRESH_SEEDS)} of the protocol)"
     worlds = worlds_of(run.read_rows(folder / "worlds.jsonl"))
     told = "Not run; `python -m study.run vary` does it.\n"
@@ -455,7 +473,8 @@ def write(folder: Path, page: Path) -> None:
         answer=answer(found, rows),
         endpoints=endpoint_table(found, rows),
         exploratory=exploratory_table(rows),
-        missing=", ".join(unfinished) or "none",
+        missing=listed(label for label in planned if label not in rows),
+        fewer=listed(fewer),
         methods=method_table(rows),
         gold=subset_table(rows, "gold"),
         rewards=subset_table(rows, "reward"),

@@ -96,9 +96,12 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     [level] = re.findall(r"CLHA minus it: (\S+ ± \S+), 20 seeds", words)
     assert f"*PRO, eight more* {level}." in report
     [rlhf] = [row for row in cells if row[0] == "RLHF (RLOO)" and len(row) == 9]
-    assert rlhf[7] == "10.0" and "RLHF takes ten\ntimes CLHA's time" in words
-    assert "its best KL weight is the largest of the four" in words
-    assert "RLHF (RLOO) (kl_beta 0.3 of 0.01 to 0.3)" in report
+    assert rlhf[7] == "12.1" and "RLHF takes about twelve times CLHA's time" in words
+    [edges] = re.findall(r"that a better one may lie beyond: (.*?)\. \(Of", report)
+    [named] = re.findall(r"The choices of (.*?) also lie at an edge", words)
+    of_edges = re.findall(r"(?:^|, )([^()]+?)(?: \(RLOO\))? \(", edges)
+    assert of_edges == re.split(", | and ", named)
+    assert "lists without one of the seeds: DPO; LiPO-lambda; ODPO." in report
     exploratory = re.findall(r"(the gate|the filter) (adds|costs) (\d\.\d\d ± \d\.\d\d)", words)
     assert len(exploratory) == 2
     assert "- *gate*: **raises** gold in: none. **Lowers** it in: none." in report
