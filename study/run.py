@@ -60,6 +60,8 @@ def grid(objective: str, **values: tuple[float, ...]) -> list[Settings]:
 IMITATION = {"learning_rate": (2e-4, 5e-4, 1e-3, 2e-3), "max_steps": (80, 160)}
 RANKING = {"alpha": (0.01, 0.05, 0.2, 1.0), "learning_rate": (5e-4, 1e-3)}
 REFERENCE = {"beta": (0.03, 0.1, 0.3, 1.0), "learning_rate": (2e-4, 5e-4)}
+LOWER = {"alpha": (0.001, 0.002, 0.005, 0.02), "learning_rate": (2e-4, 5e-4)}
+HIGHER = {"beta": (0.5, 2.0, 4.0, 8.0), "learning_rate": (1e-4, 2e-4)}
 GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     "CLHA": grid("clha", **RANKING),
     "PRO": grid("pro", **RANKING),
@@ -77,10 +79,13 @@ GRIDS: dict[str, list[Settings]] = {  # Section 2 of the protocol
     ],
     "CoH": grid("coh", **IMITATION),
     "RLHF (RLOO)": grid("rlhf", kl_beta=(0.01, 0.03, 0.1, 0.3), learning_rate=(2e-4, 5e-4)),
-    "CLHA, eight more": grid("clha", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
-    "PRO, eight more": grid("pro", alpha=(0.001, 0.002, 0.005, 0.02), learning_rate=(2e-4, 5e-4)),
+    "CLHA, eight more": grid("clha", **LOWER),
+    "PRO, eight more": grid("pro", **LOWER),
+    "RRHF, eight more": grid("rrhf", **LOWER),
+    "ODPO, eight more": grid("odpo", **HIGHER),
+    "LiPO-lambda, eight more": grid("lipo", **HIGHER),
 }
-ADDED_LATER = ("CLHA, eight more", "PRO, eight more")  # see the end of the protocol
+ADDED_LATER = [method for method in GRIDS if "more" in method]  # see the end of the protocol
 RLHF_STEPS = 100
 NOTHING_KEPT = 1e6  # a reward gap that no pair has: the contrast is off
 ABLATIONS: dict[str, Settings] = {  # what changes in CLHA's chosen settings
