@@ -94,7 +94,10 @@ def test_the_results_in_the_readme_are_those_of_the_report() -> None:
     verdicts = re.findall(r"\*\*(Holds|Fails|Equal within 0.1|Not shown)\*\*", words)
     assert verdicts and all(f"**{verdict.lower()}**" in report for verdict in verdicts)
     [level] = re.findall(r"CLHA minus it: (\S+ ± \S+), 20 seeds", words)
-    assert f"*PRO, eight more* {level}." in report
+    assert f"*PRO, eight more* {level};" in report
+    golds = {row[0].strip("*"): float(row[1].split()[0]) for row in cells if len(row) == 9 and "±" in row[1]}
+    [named] = re.findall(r"eight more do nothing for (.*?)\.", words)
+    assert all(golds[f"{name}, eight more"] <= golds[name] for name in re.split(", | and ", named))
     [rlhf] = [row for row in cells if row[0] == "RLHF (RLOO)" and len(row) == 9]
     assert rlhf[7] == "12.1" and "RLHF takes about twelve times CLHA's time" in words
     [edges] = re.findall(r"that a better one may lie beyond: (.*?)\. \(Of", report)
