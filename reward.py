@@ -216,9 +216,10 @@ def load_reward_model(
     if tokenizer.vocab_size > config.vocab_size:
         wrong = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         raise InputError(f"{path}: {wrong}")
-    embeddings = getattr(model.base_model, "embeddings", None)
-    reserved = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after its padding's
-    most = (getattr(config, "max_position_embeddings", None) or math.inf) - reserved
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    if padding is not None:  # RoBERTa's positions begin after that of its padding
+        most -= padding + 1
     max_length = min(max_length, most)
     return RewardModel(model.to(device), tokenizer, dialogue_ids, max_length, pack_tokens)
 
